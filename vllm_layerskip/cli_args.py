@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flags of ``vllm serve`` and ``vllm bench`` that vLLM does not have."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from vllm_layerskip.options import METHOD, SELF, parse_exit_layer
+
+
+def wrap_add_cli_args(original: Callable) -> Callable:
+    def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = original(parser)
+        add_layerskip_args(parser)
+        return parser
+
+    return add_cli_args
+
+
+def add_layerskip_args(parser: argparse.ArgumentParser) -> None:
+    """Add our flags, and the long names of vLLM's ``--spec-model`` and ``--spec-tokens``."""
+    group = parser.add_argument_group(
+        title="LayerSkip",
+        description="Self-speculative decoding with the model's own first layers "
+        f"(--spec-model '{SELF}').",
+    )
+    group.add_argument(
+        "--exit-layer",
+        type=_exit_layer,
+        default=None,
+        help="Number of layers that draft, from 1 to the model's layers - 1, or 'auto' "
+        "(the default) to read it from the checkpoint's config.json.",
+    )
+    group.add_argument(
+        "--reuse-exit-states",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="Reuse the drafts' exit states in verification (the default).",
+    )
+    group.add_argument(
+        "--speculative-model",
+        dest="spec_model",
+        default=None,
+        help=f"The same as --spec-model; '{SELF}' asks for LayerSkip.",
+    )
+    group.add_argument(
+        "--num-speculative-tokens",
+        dest="spec_tokens",
+        type=int,
+        default=None,
+        help="The same as --spec-tokens.",
+    )
+    for action in parser._actions:
+        if action.dest == "spec_method" and action.choices is not None:
+            action.choices = [*action.choices, METHOD]
+
+
+def wrap_from_cli_args(original: Callable) -> Callable:
+    def from_cli_args(cls: Any, args: argparse.Namespace) -> Any:
+        engine_args = original(cls, args)
+        own = {
+            "exit_layer": getattr(args, "exit_layer", None),
+            "reuse_exit_states": getattr(args, "reuse_exit_states", None),
+        }
+        for key, value in own.items():
+            if value is not None:
+                engine_args.speculative_config = _merged(
+                    engine_args.speculative_config, key, value
+                )
+        return engine_args
+
+    return from_cli_args
+
+
+def _merged(speculative_config: dict[str, Any] | None, key: str, value: object) -> dict[str, Any]:
+    flag = f"--{key.replace('_', '-')}"
+    given = speculative_config or {}
+    if key in given or key.replace("_", "-") in given:
+        raise ValueError(
+            f"{flag} and --speculative-config['{key}'] are mutually exclusive. Give one."
+        )
+    return {**given, key: value}
+
+
+def _exit_layer(text: str) -> int | str:
+    try:
+        return parse_exit_layer(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

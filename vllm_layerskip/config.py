@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The config object that carries LayerSkip through vLLM.
+
+It is a ``SpeculativeConfig`` whose method is ``draft_model``: of vLLM's methods that one
+has what LayerSkip needs (K lookahead slots, async scheduling, an exact prefix cache with no
+dropped block), and its draft config may be the target's own. What differs is overridden
+here. vLLM sends the object to its engine and worker processes unchanged.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.config.speculative import SpeculativeConfig
+from vllm.config.utils import config
+
+from vllm_layerskip import __version__
+from vllm_layerskip.models import SUPPORTED_ARCHITECTURES
+from vllm_layerskip.options import CONFIG_BLOCK, LayerSkipOptions, resolve_options
+from vllm_layerskip.triton_interpreter import interpret_mode
+
+WORKER_EXTENSION = "vllm_layerskip.worker_extension.LayerSkipWorkerExtension"
+
+
+@config
+class LayerSkipConfig(SpeculativeConfig):
+    """Self-speculative decoding with the first ``exit_layer`` layers of the target."""
+
+    exit_layer: int = 0
+    """E: number of layers that draft, 1 <= E < L."""
+    reuse_exit_states: bool = True
+    """Whether verification starts from the drafts' exit states where the batch allows."""
+
+    def __post_init__(self) -> None:
+        # vLLM's own __post_init__ would load a second model config from `model`.
+        self.method = "draft_model"
+        self.model = self.target_model_config.model
+        self.draft_model_config = self.target_model_config
+        self.draft_parallel_config = self.target_parallel_config
+        self.prompt_lookup_min = self.prompt_lookup_max = 0
+        self._use_layerskip_model_class()
+        if not self.target_parallel_config.worker_extension_cls:
+            self.target_parallel_config.worker_extension_cls = WORKER_EXTENSION
+
+    def _use_layerskip_model_class(self) -> None:
+        """Have this engine's target load our model class; other engines keep vLLM's."""
+        hf_config = self.target_model_config.hf_config
+        model = SUPPORTED_ARCHITECTURES.get(hf_config.architectures[0])
+        if model is not None:
+            hf_config.architectures = [model.architecture]
+            self.update_arch_()
+
+    @property
+    def max_num_new_slots_for_drafting(self) -> int:
+        """Drafting starts at the sampled token's own position: no extra query slot."""
+        return 0
+
+    def compute_hash(self) -> str:
+        """vLLM's factors and ours: both stages are compiled for one E."""
+        own = (self.exit_layer, self.num_speculative_tokens, self.reuse_exit_states)
+        return f"{super().compute_hash()}-layerskip-{__version__}-{own}"
+
+    def __repr__(self) -> str:
+        return (
+            f"LayerSkipConfig(exit_layer={self.exit_layer}, "
+            f"num_speculative_tokens={self.num_speculative_tokens}, "
+            f"reuse_exit_states={self.reuse_exit_states})"
+        )
+
+
+def build_config(
+    request: Mapping[str, Any],
+    engine_args: Any,
+    target_model_config: Any,
+    target_parallel_config: Any,
+) -> LayerSkipConfig:
+    """Turn a user's ``speculative_config`` into a checked ``LayerSkipConfig``.
+
+    Raises:
+        ValueError: an option is wrong, or LayerSkip does not support the model or an
+            engine setting; the message says what to change.
+    """
+    _check_model(target_model_config)
+    _check_engine(engine_args, target_parallel_config)
+    _check_runner()
+    options: LayerSkipOptions = resolve_options(
+        request,
+        num_layers=target_model_config.get_total_num_hidden_layers(),
+        config_block=getattr(target_model_config.hf_config, CONFIG_BLOCK, None),
+    )
+    return LayerSkipConfig(
+        target_model_config=target_model_config,
+        target_parallel_config=target_parallel_config,
+        exit_layer=options.exit_layer,
+        num_speculative_tokens=options.num_speculative_tokens,
+        reuse_exit_states=options.reuse_exit_states,
+        **options.vllm_options,
+    )
+
+
+def _check_model(model_config: Any) -> None:
+    architectures = list(getattr(model_config.hf_config, "architectures", None) or ())
+    if not architectures or architectures[0] not in SUPPORTED_ARCHITECTURES:
+        raise ValueError(
+            f"LayerSkip does not support the architecture {architectures} of model "
+            f"{model_config.model!r}. Supported: {', '.join(sorted(SUPPORTED_ARCHITECTURES))}. "
+            "Use another speculative method, or a model of a supported architecture."
+        )
+    if model_config.runner_type != "generate":
+        raise ValueError(
+            f"LayerSkip drafts text, but the engine runs with runner={model_config.runner_type!r}. "
+            "Leave speculative_config out, or set runner='generate'."
+        )
+    layer_types = getattr(model_config.hf_config, "layer_types", None) or ()
+    if any(kind != "full_attention" for kind in layer_types):
+        raise ValueError(
+            f"LayerSkip supports full attention in every layer; config.json has "
+            f"layer_types={sorted(set(layer_types))}. Use another speculative method."
+        )
+
+
+def _check_engine(engine_args: Any, parallel_config: Any) -> None:
+    unsupported = (
+        ("pipeline_parallel_size", parallel_config.pipeline_parallel_size, 1),
+        ("decode_context_parallel_size", parallel_config.decode_context_parallel_size, 1),
+        ("prefill_context_parallel_size", parallel_config.prefill_context_parallel_size, 1),
+        ("use_ubatching (enable_dbo, ubatch_size)", parallel_config.use_ubatching, False),
+        ("enable_lora", bool(engine_args.enable_lora), False),
+        ("enable_prompt_embeds", bool(engine_args.enable_prompt_embeds), False),
+    )
+    for name, value, only in unsupported:
+        if value != only:
+            raise ValueError(
+                f"LayerSkip does not support {name}={value!r}; the only valid value is {only!r}. "
+                "Change it, or use another speculative method."
+            )
+
+
+def _check_runner() -> None:
+    forced = os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
+    if forced is not None and forced.strip() in ("0", ""):
+        raise ValueError(
+            f"LayerSkip runs on vLLM's Model Runner V2, but VLLM_USE_V2_MODEL_RUNNER={forced!r} "
+            "forces V1. Unset it, or set it to 1."
+        )
+    from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
+
+    if current_platform.is_cpu() and not (interpret_mode() and HAS_TRITON):
+        raise ValueError(
+            "On a CPU LayerSkip runs vLLM's Triton kernels in Triton's interpreter: set the "
+            f"environment variable TRITON_INTERPRET=1 before Python starts (it is "
+            f"{os.environ.get('TRITON_INTERPRET')!r}) and have Triton installed "
+            "(pip install 'vllm-layerskip[cpu]')."
+        )

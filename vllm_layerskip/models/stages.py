@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A decoder cut at the exit layer: early stage, late stage, exit head.
+
+Written once for every dense decoder of vLLM whose backbone has ``embed_input_ids``,
+``layers`` and ``norm`` and whose layers are called ``layer(positions, hidden_states,
+residual)``.
+
+The two stages are separate compiled units: one graph for the whole model could not be
+entered in the middle. They hold the backbone's own layer modules and are kept outside of
+the module tree (a tuple is no submodule), so parameter names, loaded weights and memory
+are those of the model without LayerSkip.
+
+Shapes: T tokens, R requests, H hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from vllm.compilation.backends import set_model_tag
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.forward_context import get_forward_context, override_forward_context
+from vllm.model_executor.models.utils import extract_layer_index
+
+from vllm_layerskip.config import LayerSkipConfig
+
+if TYPE_CHECKING:
+    from vllm.sequence import IntermediateTensors
+
+    from vllm_layerskip.exit_states import ExitStates
+
+
+@dataclass(frozen=True)
+class VerifyPlan:
+    """What a verify step needs to start from the drafts' exit states."""
+
+    # [T] index of each token's exit state in the buffer; the last token of a request
+    # has none yet and points at any.
+    state_indices: torch.Tensor
+    # [R] index of each request's last draft token, the one to run the early stage on.
+    last_draft_indices: torch.Tensor
+    # By name of the early attention layers, for one token per request.
+    attn_metadata: dict[str, Any]
+    slot_mappings: dict[str, torch.Tensor]
+
+
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
+class EarlyStage(nn.Module):
+    """Embedding and layers 0..E-1."""
+
+    def __init__(self, *, vllm_config: VllmConfig, backbone: nn.Module, exit_layer: int) -> None:
+        super().__init__()
+        self.embed_tokens = backbone.embed_tokens
+        self.layers = nn.ModuleList(backbone.layers[:exit_layer])
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,  # [T]
+        positions: torch.Tensor,  # [T]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden_states, residual = self.embed_tokens(input_ids), None
+        for layer in self.layers:
+            hidden_states, residual = layer(positions, hidden_states, residual)
+        assert residual is not None
+        return hidden_states, residual  # [T, H] each: the exit state
+
+
+@support_torch_compile(dynamic_arg_dims={"positions": 0, "hidden_states": 0, "residual": 0})
+class LateStage(nn.Module):
+    """Layers E..L-1 and the final norm."""
+
+    def __init__(self, *, vllm_config: VllmConfig, backbone: nn.Module, exit_layer: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(backbone.layers[exit_layer:])
+        self.norm = backbone.norm
+
+    def forward(
+        self,
+        positions: torch.Tensor,  # [T]
+        hidden_states: torch.Tensor,  # [T, H]
+        residual: torch.Tensor,  # [T, H]
+    ) -> torch.Tensor:
+        for layer in self.layers:
+            hidden_states, residual = layer(positions, hidden_states, residual)
+        hidden_states, _ = self.norm(hidden_states, residual)
+        return hidden_states  # [T, H]
+
+
+class LayerSkipForCausalLM(nn.Module):
+    """Mixin before a ``*ForCausalLM`` of vLLM: its forward in two stages."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
+        config = vllm_config.speculative_config
+        if not isinstance(config, LayerSkipConfig):
+            raise ValueError(
+                f"{type(self).__name__} needs a LayerSkip engine. Set speculative_config="
+                "{'method': 'layerskip'}, and leave the checkpoint's architectures as they are."
+            )
+        if not vllm_config.use_v2_model_runner:
+            raise ValueError(
+                "LayerSkip runs on vLLM's Model Runner V2, and this engine's settings select V1 "
+                "(vLLM logged which). Remove the setting that V2 does not support."
+            )
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+        self.exit_layer = config.exit_layer
+        self.exit_states: ExitStates | None = None  # Set by the speculator.
+        parts = {"vllm_config": vllm_config, "backbone": self.model, "exit_layer": self.exit_layer}
+        with set_model_tag("layerskip_early"):
+            early_stage = EarlyStage(**parts)
+        with set_model_tag("layerskip_late"):
+            late_stage = LateStage(**parts)
+        self._stages = (early_stage, late_stage)
+
+    @classmethod
+    def get_model_state_cls(cls) -> type:
+        from vllm_layerskip.model_state import LayerSkipModelState
+
+        return LayerSkipModelState
+
+    def run_early_stage(
+        self, input_ids: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._stages[0](input_ids, positions)
+
+    def exit_norm(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The exit head up to the LM head. May overwrite its arguments."""
+        return self.model.norm(hidden_states, residual)[0]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,  # [T]
+        positions: torch.Tensor,  # [T]
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        verify_plan: VerifyPlan | None = None,
+    ) -> torch.Tensor:
+        if verify_plan is None:
+            hidden_states, residual = self.run_early_stage(input_ids, positions)
+        else:
+            hidden_states, residual = self._reuse_exit_states(input_ids, positions, verify_plan)
+        return self._stages[1](positions, hidden_states, residual)
+
+    def _reuse_exit_states(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, plan: VerifyPlan
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Exit states of all T tokens, running the early stage for one token per request."""
+        assert self.exit_states is not None
+        hidden_states, residual = self.exit_states.gather(plan.state_indices)
+        last = plan.last_draft_indices
+        context = replace(
+            get_forward_context(),
+            attn_metadata=plan.attn_metadata,
+            slot_mapping=plan.slot_mappings,
+            # Sizes of captured graphs are the whole batch's, not one token per request.
+            cudagraph_runtime_mode=CUDAGraphMode.NONE,
+            batch_descriptor=None,
+        )
+        with override_forward_context(context):
+            last_hidden_states, last_residual = self.run_early_stage(
+                input_ids[last], positions[last]
+            )
+        hidden_states.index_copy_(0, last, last_hidden_states)
+        residual.index_copy_(0, last, last_residual)
+        return hidden_states, residual
+
+
+def early_attn_layer_names(attn_layer_names: set[str], exit_layer: int) -> set[str]:
+    """Names of the attention layers of layers 0..E-1."""
+    return {name for name in attn_layer_names if extract_layer_index(name) < exit_layer}

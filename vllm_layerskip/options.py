@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user asks for: the keys of ``speculative_config``, resolved and checked.
+
+Pure functions over plain values, free of vLLM: every mistake that can be seen in the
+request and in the checkpoint's ``config.json`` is found here, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+METHOD = "layerskip"
+SELF = "[self]"
+AUTO = "auto"
+
+OWN_KEYS = frozenset({"exit_layer", "reuse_exit_states"})
+"""Keys that vLLM does not know."""
+
+VLLM_KEYS = frozenset(
+    {
+        "draft_sample_method",
+        "num_speculative_tokens_per_batch_size",
+        "rejection_sample_method",
+        "synthetic_acceptance_length",
+        "synthetic_acceptance_rates",
+        "use_local_argmax_reduction",
+    }
+)
+"""vLLM's own keys that keep their meaning; they are passed through to its config."""
+
+VALID_KEYS = frozenset({"method", "model", "num_speculative_tokens"}) | OWN_KEYS | VLLM_KEYS
+
+CONFIG_BLOCK = "layerskip"
+"""Name of the block in a checkpoint's ``config.json`` that ``"auto"`` reads."""
+
+_SET_BLOCK = (
+    'or add {"layerskip": {"exit_layer": E, "num_speculative_tokens": K}} to the '
+    "checkpoint's config.json (on the command line: "
+    '--hf-overrides \'{"layerskip": {"exit_layer": E, "num_speculative_tokens": K}}\').'
+)
+
+
+@dataclass(frozen=True)
+class LayerSkipOptions:
+    """A checked request.
+
+    ``exit_layer`` E is the number of layers that draft, ``1 <= E < L``;
+    ``num_speculative_tokens`` K is the number of drafted tokens a step, ``K >= 1``.
+    """
+
+    exit_layer: int
+    num_speculative_tokens: int
+    reuse_exit_states: bool
+    vllm_options: Mapping[str, Any]
+
+
+def asks_for_layerskip(request: Mapping[str, Any] | None) -> bool:
+    """Whether a ``speculative_config`` is ours to handle.
+
+    Raises:
+        ValueError: a mix that is neither LayerSkip nor plain vLLM.
+    """
+    if not request:
+        return False
+    method, model = request.get("method"), request.get("model")
+    if method == METHOD:
+        if model not in (None, SELF):
+            raise ValueError(
+                f"speculative_config: model={model!r} cannot go with method='layerskip': the "
+                f"draft is the target's own first layers. Leave model out or set it to '{SELF}'."
+            )
+        return True
+    if model == SELF:
+        if method is not None:
+            raise ValueError(
+                f"speculative_config: model='{SELF}' drafts with the target's own layers and "
+                f"cannot go with method={method!r}. Leave method out or set it to 'layerskip'."
+            )
+        return True
+    own = sorted(OWN_KEYS & request.keys())
+    if own:
+        raise ValueError(
+            f"speculative_config: {', '.join(own)} belongs to LayerSkip, but neither "
+            f"method='layerskip' nor model='{SELF}' was given. Add one of them "
+            f"(on the command line: --spec-model '{SELF}'), or drop the option."
+        )
+    return False
+
+
+def resolve_options(
+    request: Mapping[str, Any], num_layers: int, config_block: object
+) -> LayerSkipOptions:
+    """Check a request against a model of ``num_layers`` layers.
+
+    Args:
+        request: ``speculative_config`` as the user wrote it.
+        num_layers: L of the target.
+        config_block: the checkpoint's ``"layerskip"`` block, None if it has none.
+
+    Raises:
+        ValueError: an option is unknown, out of range or cannot be resolved; the message
+            names it, its value, the valid set and what to do.
+    """
+    unknown = sorted(request.keys() - VALID_KEYS)
+    if unknown:
+        raise ValueError(
+            f"speculative_config: {', '.join(unknown)} cannot be used with LayerSkip. "
+            f"Valid keys are {', '.join(sorted(VALID_KEYS))}. Remove the others."
+        )
+    block = _checked_block(config_block)
+    reuse = request.get("reuse_exit_states", True)
+    if not isinstance(reuse, bool):
+        raise ValueError(
+            f"speculative_config: reuse_exit_states={reuse!r} must be true or false."
+        )
+    return LayerSkipOptions(
+        exit_layer=_resolve_exit_layer(request.get("exit_layer", AUTO), num_layers, block),
+        num_speculative_tokens=_resolve_num_speculative_tokens(
+            request.get("num_speculative_tokens"), block
+        ),
+        reuse_exit_states=reuse,
+        vllm_options={key: request[key] for key in sorted(VLLM_KEYS & request.keys())},
+    )
+
+
+def parse_exit_layer(text: str) -> int | Literal["auto"]:
+    """``--exit-layer``'s argument.
+
+    Raises:
+        ValueError: neither an integer nor ``auto``.
+    """
+    if text == AUTO:
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"exit_layer={text!r} must be an integer or 'auto'.") from None
+
+
+def _checked_block(block: object) -> Mapping[str, Any]:
+    if block is None:
+        return {}
+    if not isinstance(block, Mapping):
+        raise ValueError(
+            f"config.json: '{CONFIG_BLOCK}' must be an object with exit_layer and "
+            f"num_speculative_tokens, got {block!r}. Correct the checkpoint's config.json."
+        )
+    return block
+
+
+def _resolve_exit_layer(value: object, num_layers: int, block: Mapping[str, Any]) -> int:
+    valid = f"an integer from 1 to {num_layers - 1} (the model has {num_layers} layers) or 'auto'"
+    source = "speculative_config"
+    if value == AUTO or value is None:
+        if "exit_layer" not in block:
+            raise ValueError(
+                "speculative_config: exit_layer='auto' needs the checkpoint to name its exit "
+                f"layer, and its config.json has no '{CONFIG_BLOCK}' block with exit_layer. "
+                f"Set exit_layer (--exit-layer) to {valid.removesuffix(' or ' + repr(AUTO))}, "
+                + _SET_BLOCK
+            )
+        value, source = block["exit_layer"], f"config.json, '{CONFIG_BLOCK}' block"
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < num_layers:
+        raise ValueError(f"{source}: exit_layer={value!r} must be {valid}.")
+    return value
+
+
+def _resolve_num_speculative_tokens(value: object, block: Mapping[str, Any]) -> int:
+    source = "speculative_config"
+    if value is None or value == AUTO:
+        if "num_speculative_tokens" not in block:
+            raise ValueError(
+                "speculative_config: num_speculative_tokens is not set, and the checkpoint's "
+                f"config.json has no '{CONFIG_BLOCK}' block with it. Set "
+                "num_speculative_tokens (--spec-tokens) to an integer of at least 1, "
+                + _SET_BLOCK
+            )
+        value, source = block["num_speculative_tokens"], f"config.json, '{CONFIG_BLOCK}' block"
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f"{source}: num_speculative_tokens={value!r} must be an integer of at least 1."
+        )
+    return value

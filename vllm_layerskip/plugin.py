@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The entry point that vLLM calls in each of its processes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vllm_layerskip import cli_args, host
+from vllm_layerskip.models import SUPPORTED_ARCHITECTURES
+from vllm_layerskip.options import asks_for_layerskip
+
+logger = logging.getLogger("vllm.layerskip")
+
+
+def register() -> None:
+    """Make LayerSkip available (entry point ``vllm.general_plugins``).
+
+    Never raises, may be called again, and changes nothing for an engine that does not ask
+    for LayerSkip: every wrapper hands such an engine straight to vLLM's own function.
+    """
+    for step in (_register_models, _wrap_engine_args, _wrap_speculator):
+        try:
+            step()
+        except Exception:
+            logger.warning(
+                "vllm-layerskip could not register with vLLM %s (%s); LayerSkip is not "
+                "available, everything else is unaffected.",
+                host.vllm_version(),
+                step.__name__,
+                exc_info=True,
+            )
+
+
+def _register_models() -> None:
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    for model in SUPPORTED_ARCHITECTURES.values():
+        ModelRegistry.register_model(model.architecture, model.path)
+
+
+def _wrap_engine_args() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    host.wrap(EngineArgs, "create_speculative_config", _create_speculative_config)
+    host.wrap(EngineArgs, "add_cli_args", cli_args.wrap_add_cli_args)
+    host.wrap(EngineArgs, "from_cli_args", cli_args.wrap_from_cli_args)
+
+
+def _wrap_speculator() -> None:
+    host.wrap_init_speculator(_init_speculator)
+
+
+def _create_speculative_config(original: Callable) -> Callable:
+    def create_speculative_config(
+        self: Any, target_model_config: Any, target_parallel_config: Any
+    ) -> Any:
+        request = _speculative_request(self)
+        if not asks_for_layerskip(request):
+            return original(self, target_model_config, target_parallel_config)
+        host.require_supported_vllm()
+        from vllm_layerskip.config import build_config
+
+        return build_config(request, self, target_model_config, target_parallel_config)
+
+    return create_speculative_config
+
+
+def _speculative_request(engine_args: Any) -> Mapping[str, Any]:
+    """``speculative_config`` with the short flags folded in, as vLLM does it.
+
+    A key given both ways is left to vLLM's own error.
+    """
+    given = engine_args.speculative_config or {}
+    request = {key.replace("-", "_"): value for key, value in given.items()}
+    for flag, key, value in (
+        ("--spec-method", "method", engine_args.spec_method),
+        ("--spec-model", "model", engine_args.spec_model),
+        ("--spec-tokens", "num_speculative_tokens", engine_args.spec_tokens),
+    ):
+        if value is None:
+            continue
+        if key in request:
+            raise ValueError(
+                f"{flag} and --speculative-config['{key}'] are mutually exclusive. Give one."
+            )
+        request[key] = value
+    return request
+
+
+def _init_speculator(original: Callable) -> Callable:
+    def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
+        from vllm_layerskip.config import LayerSkipConfig
+
+        if not isinstance(vllm_config.speculative_config, LayerSkipConfig):
+            return original(vllm_config, device, req_states)
+        from vllm_layerskip.speculator import LayerSkipSpeculator
+
+        return LayerSkipSpeculator(vllm_config, device)
+
+    return init_speculator

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The LayerSkip training recipe as plain formulas (arXiv 2404.16710, section 4.1).
+
+Two ingredients: layer dropout, whose rate grows with depth (and, from scratch,
+with time), and an early-exit loss in which every layer's output goes through the
+model's *own* final norm and LM head. Nothing here depends on torch, so the numbers
+can be checked against the paper by hand.
+
+Layers are indexed ``l = 0 .. L-1`` and steps ``t = 0 .. T-1`` as in the paper. Exit
+layer ``E`` of the serving side reads the output of layer ``l = E - 1``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+Curriculum = Literal["rotational", "gradual"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Knobs of the recipe; the defaults are the paper's for training from scratch.
+
+    Raises:
+        ValueError: a value lies outside the range that its formula is defined for.
+    """
+
+    max_layer_dropout: float = 0.1
+    """p_max: dropout rate of the last layer at the end of training."""
+    exit_loss_scale: float = 0.2
+    """e_scale: 0 trains the last layer only, 1 weighs the exits most."""
+    curriculum: Curriculum = "rotational"
+    rotation: int = 8
+    """R: the rotational curriculum enables every R-th layer at a step."""
+    from_scratch: bool = True
+    """Ramp layer dropout up over the run (S_exp); False keeps it constant."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.max_layer_dropout < 1.0:
+            raise ValueError(f"max_layer_dropout={self.max_layer_dropout} must be in [0, 1).")
+        if not 0.0 <= self.exit_loss_scale <= 1.0:
+            raise ValueError(f"exit_loss_scale={self.exit_loss_scale} must be in [0, 1].")
+        if self.curriculum not in ("rotational", "gradual"):
+            raise ValueError(
+                f"curriculum={self.curriculum!r} must be one of 'rotational', 'gradual'."
+            )
+        if self.rotation < 1:
+            raise ValueError(f"rotation={self.rotation} must be at least 1.")
+
+    @classmethod
+    def off(cls) -> Recipe:
+        """The twin's recipe: no layer dropout, loss on the last layer only."""
+        return cls(max_layer_dropout=0.0, exit_loss_scale=0.0)
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def layer_dropout_profile(num_layers: int) -> list[float]:
+    """D(l) = exp(l ln 2 / (L-1)) - 1: 0 at the first layer, 1 at the last."""
+    if num_layers == 1:
+        return [0.0]
+    return [math.exp(layer * math.log(2) / (num_layers - 1)) - 1 for layer in range(num_layers)]
+
+
+def layer_dropout_time_scale(step: int, num_steps: int, from_scratch: bool) -> float:
+    """S(t): 1 for continual training, exp(t ln 2 / (T-1)) - 1 from scratch."""
+    if not from_scratch or num_steps <= 1:
+        return 1.0
+    return math.exp(min(step, num_steps - 1) * math.log(2) / (num_steps - 1)) - 1
+
+
+def layer_dropout_rates(
+    recipe: Recipe, num_layers: int, step: int, num_steps: int
+) -> list[float]:
+    """p(l, t) = S(t) D(l) p_max for each layer."""
+    scale = layer_dropout_time_scale(step, num_steps, recipe.from_scratch)
+    return [scale * depth * recipe.max_layer_dropout for depth in layer_dropout_profile(num_layers)]
+
+
+def exit_scales(num_layers: int, exit_loss_scale: float) -> list[float]:
+    """e(l) = e_scale * sum_{i<=l} i; the last layer has L-1 + e_scale * sum_{i<=L-2} i."""
+    scales = [exit_loss_scale * layer * (layer + 1) / 2 for layer in range(num_layers)]
+    last = num_layers - 1
+    scales[last] = last + exit_loss_scale * last * (last - 1) / 2
+    return scales
+
+
+def enabled_exits(recipe: Recipe, num_layers: int, step: int, num_steps: int) -> list[bool]:
+    """C(t, l): which exits the loss of this step sees. The last layer always is one.
+
+    Rotational: every R-th layer, moved on by one each step. Gradual: from the last
+    layer down to the first, one more every T / (2 L) steps, so all of them from T / 2.
+    """
+    last = num_layers - 1
+    if recipe.curriculum == "rotational":
+        enabled = [(layer - step) % recipe.rotation == 0 for layer in range(num_layers)]
+    else:
+        num_enabled = 1 + 2 * num_layers * step // max(num_steps, 1)
+        enabled = [layer > last - num_enabled for layer in range(num_layers)]
+    enabled[last] = True
+    return enabled
+
+
+def exit_loss_weights(
+    recipe: Recipe, num_layers: int, step: int, num_steps: int
+) -> list[float]:
+    """e~(t, l) = C(t, l) e(l) / sum_i C(t, i) e(i): sums to 1 over the layers."""
+    enabled = enabled_exits(recipe, num_layers, step, num_steps)
+    scales = exit_scales(num_layers, recipe.exit_loss_scale)
+    weights = [scale if on else 0.0 for scale, on in zip(scales, enabled, strict=True)]
+    total = sum(weights)
+    if total == 0:  # A one-layer model: e(0) = 0, yet its only exit is the model.
+        return [0.0] * (num_layers - 1) + [1.0]
+    return [weight / total for weight in weights]
