@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm_layerskip.options import METHOD, SELF, parse_exit_layer
@@ -21,6 +21,7 @@ def wrap_add_cli_args(original: Callable) -> Callable:
 
 def add_layerskip_args(parser: argparse.ArgumentParser) -> None:
     """Add our flags, and the long names of vLLM's ``--spec-model`` and ``--spec-tokens``."""
+    known = dict(parser._option_string_actions)
     group = parser.add_argument_group(
         title="LayerSkip",
         description="Self-speculative decoding with the model's own first layers "
@@ -55,6 +56,20 @@ def add_layerskip_args(parser: argparse.ArgumentParser) -> None:
     for action in parser._actions:
         if action.dest == "spec_method" and action.choices is not None:
             action.choices = [*action.choices, METHOD]
+    for flag in parser._option_string_actions.keys() - known.keys():
+        _keep_abbreviations(parser, known, flag)
+
+
+def _keep_abbreviations(
+    parser: argparse.ArgumentParser, known: Mapping[str, argparse.Action], flag: str
+) -> None:
+    """What abbreviated one of vLLM's flags before we added ``flag`` goes on doing so."""
+    for end in range(len("--x"), len(flag)):
+        abbreviation = flag[:end]
+        meant = {id(a): a for name, a in known.items() if name.startswith(abbreviation)}
+        if len(meant) == 1:
+            (action,) = meant.values()
+            parser._option_string_actions.setdefault(abbreviation, action)
 
 
 def wrap_from_cli_args(original: Callable) -> Callable:
@@ -66,9 +81,7 @@ def wrap_from_cli_args(original: Callable) -> Callable:
         }
         for key, value in own.items():
             if value is not None:
-                engine_args.speculative_config = _merged(
-                    engine_args.speculative_config, key, value
-                )
+                engine_args.speculative_config = _merged(engine_args.speculative_config, key, value)
         return engine_args
 
     return from_cli_args

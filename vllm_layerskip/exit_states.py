@@ -104,7 +104,7 @@ class ExitStates:
 
 
 @triton.jit
-def _store_kernel(
+def _store_kernel(  # type: ignore[no-untyped-def]
     hidden_states_out_ptr,  # [S, H], one draft step's view
     residual_out_ptr,  # [S, H]
     out_stride,

@@ -3,7 +3,7 @@
 
 ``CONTACTS`` names what we call, override or wrap, with the parameters that we rely on;
 ``check_contacts`` compares it with the vLLM that is installed, and
-``tests/test_host.py`` walks it. The wrappers delegate to the wrapped function for every
+``tests/unit/test_host.py`` walks it. The wrappers delegate to the wrapped function for every
 engine that did not ask for LayerSkip; none replaces host code.
 
 Importing this module imports no vLLM.
@@ -353,9 +353,9 @@ def wrap_init_speculator(make_wrapper: Callable[[Callable], Callable]) -> None:
     The runner binds it by name on import, which is after plugins are loaded; a runner
     that is imported already gets its own name rebound.
     """
-    package = importlib.import_module("vllm.v1.worker.gpu.spec_decode")
+    package: Any = importlib.import_module("vllm.v1.worker.gpu.spec_decode")
     original = package.init_speculator
     wrap(package, "init_speculator", make_wrapper)
-    runner = sys.modules.get(MODEL_RUNNER_MODULE)
+    runner: Any = sys.modules.get(MODEL_RUNNER_MODULE)
     if runner is not None and getattr(runner, "init_speculator", None) is original:
         runner.init_speculator = package.init_speculator

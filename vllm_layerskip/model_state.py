@@ -123,9 +123,7 @@ class LayerSkipModelState(DefaultModelState):
                 self.stats.num_verify_steps_full += 1
         return attn_metadata
 
-    def prepare_inputs(
-        self, input_batch: InputBatch, req_states: RequestState
-    ) -> dict[str, Any]:
+    def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         model_inputs = super().prepare_inputs(input_batch, req_states)
         plan, self.verify_plan = self.verify_plan, None
         return model_inputs if plan is None else {**model_inputs, "verify_plan": plan}

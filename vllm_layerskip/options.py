@@ -82,7 +82,7 @@ def asks_for_layerskip(request: Mapping[str, Any] | None) -> bool:
     own = sorted(OWN_KEYS & request.keys())
     if own:
         raise ValueError(
-            f"speculative_config: {', '.join(own)} belongs to LayerSkip, but neither "
+            f"speculative_config: {_pairs(request, own)} belongs to LayerSkip, but neither "
             f"method='layerskip' nor model='{SELF}' was given. Add one of them "
             f"(on the command line: --spec-model '{SELF}'), or drop the option."
         )
@@ -106,15 +106,13 @@ def resolve_options(
     unknown = sorted(request.keys() - VALID_KEYS)
     if unknown:
         raise ValueError(
-            f"speculative_config: {', '.join(unknown)} cannot be used with LayerSkip. "
+            f"speculative_config: {_pairs(request, unknown)} cannot be used with LayerSkip. "
             f"Valid keys are {', '.join(sorted(VALID_KEYS))}. Remove the others."
         )
     block = _checked_block(config_block)
     reuse = request.get("reuse_exit_states", True)
     if not isinstance(reuse, bool):
-        raise ValueError(
-            f"speculative_config: reuse_exit_states={reuse!r} must be true or false."
-        )
+        raise ValueError(f"speculative_config: reuse_exit_states={reuse!r} must be true or false.")
     return LayerSkipOptions(
         exit_layer=_resolve_exit_layer(request.get("exit_layer", AUTO), num_layers, block),
         num_speculative_tokens=_resolve_num_speculative_tokens(
@@ -139,6 +137,10 @@ def parse_exit_layer(text: str) -> int | Literal["auto"]:
         raise ValueError(f"exit_layer={text!r} must be an integer or 'auto'.") from None
 
 
+def _pairs(request: Mapping[str, Any], keys: list[str]) -> str:
+    return ", ".join(f"{key}={request[key]!r}" for key in keys)
+
+
 def _checked_block(block: object) -> Mapping[str, Any]:
     if block is None:
         return {}
@@ -151,17 +153,24 @@ def _checked_block(block: object) -> Mapping[str, Any]:
 
 
 def _resolve_exit_layer(value: object, num_layers: int, block: Mapping[str, Any]) -> int:
-    valid = f"an integer from 1 to {num_layers - 1} (the model has {num_layers} layers) or 'auto'"
+    if num_layers < 2:
+        raise ValueError(
+            f"LayerSkip drafts with a model's first layers and verifies with the rest; exit_layer="
+            f"{value!r} has no valid value for a model of {num_layers} layer(s). Use another "
+            "speculative method."
+        )
+    valid = f"an integer from 1 to {num_layers - 1} (the model has {num_layers} layers)"
     source = "speculative_config"
     if value == AUTO or value is None:
         if "exit_layer" not in block:
             raise ValueError(
                 "speculative_config: exit_layer='auto' needs the checkpoint to name its exit "
                 f"layer, and its config.json has no '{CONFIG_BLOCK}' block with exit_layer. "
-                f"Set exit_layer (--exit-layer) to {valid.removesuffix(' or ' + repr(AUTO))}, "
-                + _SET_BLOCK
+                f"Set exit_layer (--exit-layer) to {valid}, " + _SET_BLOCK
             )
         value, source = block["exit_layer"], f"config.json, '{CONFIG_BLOCK}' block"
+    else:
+        valid += " or 'auto'"
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < num_layers:
         raise ValueError(f"{source}: exit_layer={value!r} must be {valid}.")
     return value
@@ -174,8 +183,7 @@ def _resolve_num_speculative_tokens(value: object, block: Mapping[str, Any]) -> 
             raise ValueError(
                 "speculative_config: num_speculative_tokens is not set, and the checkpoint's "
                 f"config.json has no '{CONFIG_BLOCK}' block with it. Set "
-                "num_speculative_tokens (--spec-tokens) to an integer of at least 1, "
-                + _SET_BLOCK
+                "num_speculative_tokens (--spec-tokens) to an integer of at least 1, " + _SET_BLOCK
             )
         value, source = block["num_speculative_tokens"], f"config.json, '{CONFIG_BLOCK}' block"
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -10,6 +10,7 @@ from typing import Any
 from vllm_layerskip import cli_args, host
 from vllm_layerskip.models import SUPPORTED_ARCHITECTURES
 from vllm_layerskip.options import asks_for_layerskip
+from vllm_layerskip.triton_interpreter import interpret_mode
 
 logger = logging.getLogger("vllm.layerskip")
 
@@ -20,7 +21,7 @@ def register() -> None:
     Never raises, may be called again, and changes nothing for an engine that does not ask
     for LayerSkip: every wrapper hands such an engine straight to vLLM's own function.
     """
-    for step in (_register_models, _wrap_engine_args, _wrap_speculator):
+    for step in (_register_models, _wrap_engine_args, _wrap_speculator, _replace_cpu_kernels):
         try:
             step()
         except Exception:
@@ -52,6 +53,15 @@ def _wrap_speculator() -> None:
     host.wrap_init_speculator(_init_speculator)
 
 
+def _replace_cpu_kernels() -> None:
+    from vllm.platforms import current_platform
+
+    if interpret_mode() and current_platform.is_cpu():
+        from vllm_layerskip import cpu_kernels
+
+        cpu_kernels.register()
+
+
 def _create_speculative_config(original: Callable) -> Callable:
     def create_speculative_config(
         self: Any, target_model_config: Any, target_parallel_config: Any
@@ -70,7 +80,8 @@ def _create_speculative_config(original: Callable) -> Callable:
 def _speculative_request(engine_args: Any) -> Mapping[str, Any]:
     """``speculative_config`` with the short flags folded in, as vLLM does it.
 
-    A key given both ways is left to vLLM's own error.
+    Raises:
+        ValueError: a key was given both ways.
     """
     given = engine_args.speculative_config or {}
     request = {key.replace("-", "_"): value for key, value in given.items()}

@@ -62,6 +62,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         self.current_draft_step = torch.tensor(0, dtype=torch.int64, device=device)
         self.arange = torch.arange(self.max_num_reqs + 1, dtype=torch.int32, device=device)
         self.early_attn_layer_names: set[str] = set()
+        self.draft_attn_layer_names: set[str] = set()  # The runner must see no draft layers.
         logger.info_once(
             "LayerSkip %s on vLLM %s: layers 0..%d of %d draft (exit_layer %d), %d speculative "
             "tokens, exit-state reuse %s; extra memory: %d bytes of exit states.",
@@ -76,10 +77,9 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         )
 
     def load_model(self, target_model: nn.Module) -> None:
-        # No weights and no attention layers of its own: the runner must see no draft layers.
+        # No weights and no attention layers of its own.
         attn_layer_names = set(get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase))
         self.model = self.load_draft_model(target_model, attn_layer_names)
-        self.draft_attn_layer_names = set()
         self._validate_local_argmax_reduction()
 
     def load_draft_model(
@@ -193,9 +193,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         idx_mapping = self.idx_mapping[:num_reqs]
         # Behind the accepted tokens: where the sampled token itself belongs.
         position = input_batch.seq_lens[:num_reqs] - num_rejected[:num_reqs]
-        drafts = (
-            (num_sampled[:num_reqs] > 0) & (position < self.max_model_len) & (idx_mapping >= 0)
-        )
+        drafts = (num_sampled[:num_reqs] > 0) & (position < self.max_model_len) & (idx_mapping >= 0)
         sampled = last_sampled.view(-1)[idx_mapping.clamp(min=0)]
         idx_mapping.masked_fill_(~drafts, -1)
         buffers.input_ids[:num_reqs] = sampled * drafts

@@ -21,7 +21,7 @@ BACKEND_NAME = "cpu"
 
 def interpret_mode() -> bool:
     """Whether ``TRITON_INTERPRET`` is set, by Triton's own rule for booleans."""
-    return os.environ.get("TRITON_INTERPRET", "0").strip().lower() in ("1", "true", "on", "yes", "y")
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def register() -> None:

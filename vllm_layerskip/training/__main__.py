@@ -28,6 +28,9 @@ def main() -> None:
         "--exit-loss-scale", type=float, default=plan.recipe.exit_loss_scale, help="e_scale"
     )
     parser.add_argument(
+        "--exit-loss-profile", choices=("sum", "uniform"), default=plan.recipe.exit_loss_profile
+    )
+    parser.add_argument(
         "--curriculum", choices=("rotational", "gradual"), default=plan.recipe.curriculum
     )
     parser.add_argument("--rotation", type=int, default=plan.recipe.rotation, help="R")
@@ -36,9 +39,18 @@ def main() -> None:
         action="store_true",
         help="Also train and score the twin: same data, steps and seed, no recipe.",
     )
+    parser.add_argument(
+        "--keep-checkpoint",
+        action="store_true",
+        help="Do not train: score the checkpoint that is in --output (and train the twin).",
+    )
     args = parser.parse_args()
     recipe = Recipe(
-        args.max_layer_dropout, args.exit_loss_scale, args.curriculum, args.rotation
+        max_layer_dropout=args.max_layer_dropout,
+        exit_loss_scale=args.exit_loss_scale,
+        exit_loss_profile=args.exit_loss_profile,
+        curriculum=args.curriculum,
+        rotation=args.rotation,
     )
     plan = replace(
         plan,
@@ -48,7 +60,7 @@ def main() -> None:
         seed=args.seed,
         recipe=recipe,
     )
-    run(plan, args.output, with_twin=args.twin)
+    run(plan, args.output, with_twin=args.twin, keep_checkpoint=args.keep_checkpoint)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,8 @@ def load_stdlib(root: Path | None = None) -> Corpus:
         FileNotFoundError: there are no sources below ``root``.
     """
     root = root or Path(sysconfig.get_paths()["stdlib"])
-    train, held_out = {}, {}
+    train: dict[str, str] = {}
+    held_out: dict[str, str] = {}
     for path in _source_files(root):
         name = path.relative_to(root).as_posix()
         try:

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import GenerationConfig
 
 from vllm_layerskip.training.exits import exit_logits, record_exit_states
 
@@ -67,12 +68,12 @@ def greedy_draft_matches(
         ``[L - 1, B, N]`` booleans: exit ``E = i + 1`` against the greedy continuation
         (which does not stop at the end-of-sequence token).
     """
+    # No end-of-sequence token: `min_new_tokens` would bar it from being chosen instead.
+    generation = GenerationConfig(
+        max_new_tokens=num_new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     sequences = model.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        max_new_tokens=num_new_tokens,
-        min_new_tokens=num_new_tokens,
-        do_sample=False,
+        prompts, attention_mask=torch.ones_like(prompts), generation_config=generation
     )
     with record_exit_states(model) as states:
         model.model(input_ids=sequences[:, :-1], use_cache=False)
@@ -87,7 +88,15 @@ def acceptance_length(matches: torch.Tensor, num_speculative_tokens: int) -> flo
     """Mean tokens per verification (1 + accepted / drafts) over rows ``[B, N]`` of matches.
 
     The first continuation token comes from the prefill, so walking starts after it.
+
+    Raises:
+        ValueError: the rows are too short for one whole step.
     """
+    if matches.shape[1] <= num_speculative_tokens + 1:
+        raise ValueError(
+            f"{matches.shape[1]} continuation tokens are too few for one step of "
+            f"{num_speculative_tokens} drafts. Continue the prompts for longer."
+        )
     num_steps = num_tokens = 0
     for row in matches.tolist():
         for num_accepted in accepted_runs(row[1:], num_speculative_tokens):

@@ -10,7 +10,7 @@ Shapes: B samples, T tokens, V vocabulary, H hidden, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -28,7 +28,7 @@ def record_exit_states(
     """
     states: list[torch.Tensor] = []
 
-    def hook(layer_index: int):
+    def hook(layer_index: int) -> Callable[..., torch.Tensor]:
         def record(_module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
             rate = dropout_rates[layer_index] if dropout_rates else 0.0
             if rate > 0.0:

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 Curriculum = Literal["rotational", "gradual"]
+ExitLossProfile = Literal["sum", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Recipe:
     """p_max: dropout rate of the last layer at the end of training."""
     exit_loss_scale: float = 0.2
     """e_scale: 0 trains the last layer only, 1 weighs the exits most."""
+    exit_loss_profile: ExitLossProfile = "sum"
+    """How weights grow with depth: "sum" is the paper's, "uniform" weighs all exits alike."""
     curriculum: Curriculum = "rotational"
     rotation: int = 8
     """R: the rotational curriculum enables every R-th layer at a step."""
@@ -45,6 +48,10 @@ class Recipe:
         if self.curriculum not in ("rotational", "gradual"):
             raise ValueError(
                 f"curriculum={self.curriculum!r} must be one of 'rotational', 'gradual'."
+            )
+        if self.exit_loss_profile not in ("sum", "uniform"):
+            raise ValueError(
+                f"exit_loss_profile={self.exit_loss_profile!r} must be one of 'sum', 'uniform'."
             )
         if self.rotation < 1:
             raise ValueError(f"rotation={self.rotation} must be at least 1.")
@@ -72,18 +79,26 @@ def layer_dropout_time_scale(step: int, num_steps: int, from_scratch: bool) -> f
     return math.exp(min(step, num_steps - 1) * math.log(2) / (num_steps - 1)) - 1
 
 
-def layer_dropout_rates(
-    recipe: Recipe, num_layers: int, step: int, num_steps: int
-) -> list[float]:
+def layer_dropout_rates(recipe: Recipe, num_layers: int, step: int, num_steps: int) -> list[float]:
     """p(l, t) = S(t) D(l) p_max for each layer."""
     scale = layer_dropout_time_scale(step, num_steps, recipe.from_scratch)
     return [scale * depth * recipe.max_layer_dropout for depth in layer_dropout_profile(num_layers)]
 
 
-def exit_scales(num_layers: int, exit_loss_scale: float) -> list[float]:
-    """e(l) = e_scale * sum_{i<=l} i; the last layer has L-1 + e_scale * sum_{i<=L-2} i."""
-    scales = [exit_loss_scale * layer * (layer + 1) / 2 for layer in range(num_layers)]
+def exit_scales(
+    num_layers: int, exit_loss_scale: float, profile: ExitLossProfile = "sum"
+) -> list[float]:
+    """e(l), the weight of each exit before normalisation.
+
+    "sum", the paper's: e_scale * sum_{i<=l} i, and L-1 + e_scale * sum_{i<=L-2} i for the
+    last layer. Exit l = 1 of 8 then weighs 1/28 of the last layer's, which a long training
+    run can afford. "uniform" (known from torchtune's early-exit loss): e_scale for every
+    exit, 1 for the last layer. The first layer's output is never an exit, as in the paper.
+    """
     last = num_layers - 1
+    if profile == "uniform":
+        return [0.0] * (last > 0) + [exit_loss_scale] * (last - 1) + [1.0]
+    scales = [exit_loss_scale * layer * (layer + 1) / 2 for layer in range(num_layers)]
     scales[last] = last + exit_loss_scale * last * (last - 1) / 2
     return scales
 
@@ -104,12 +119,10 @@ def enabled_exits(recipe: Recipe, num_layers: int, step: int, num_steps: int) ->
     return enabled
 
 
-def exit_loss_weights(
-    recipe: Recipe, num_layers: int, step: int, num_steps: int
-) -> list[float]:
+def exit_loss_weights(recipe: Recipe, num_layers: int, step: int, num_steps: int) -> list[float]:
     """e~(t, l) = C(t, l) e(l) / sum_i C(t, i) e(i): sums to 1 over the layers."""
     enabled = enabled_exits(recipe, num_layers, step, num_steps)
-    scales = exit_scales(num_layers, recipe.exit_loss_scale)
+    scales = exit_scales(num_layers, recipe.exit_loss_scale, recipe.exit_loss_profile)
     weights = [scale if on else 0.0 for scale, on in zip(scales, enabled, strict=True)]
     total = sum(weights)
     if total == 0:  # A one-layer model: e(0) = 0, yet its only exit is the model.

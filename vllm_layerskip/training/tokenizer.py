@@ -20,7 +20,7 @@ _CHAT_TEMPLATE = (
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, model_max_length: int
 ) -> PreTrainedTokenizerFast:
-    """Train BPE on ``texts``. Encoding prepends ``<s>``; no text is unknown to bytes."""
+    """Train BPE on ``texts``. No text is unknown to bytes; ``<s>`` is not added by itself."""
     tokenizer = Tokenizer(models.BPE())
     # Runs of spaces become one token, as code wants it; digits stay single.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

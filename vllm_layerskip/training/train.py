@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import json
 import platform
-import shlex
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -21,6 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from vllm_layerskip.training.card import model_card
 from vllm_layerskip.training.corpus import Corpus, held_out_prompts, load_stdlib
 from vllm_layerskip.training.evaluate import acceptance_length, greedy_draft_matches, score_exits
 from vllm_layerskip.training.recipe import Recipe
@@ -33,23 +35,27 @@ class TrainingPlan:
     """Model shape, optimisation and recipe of one run; the defaults make the checkpoint."""
 
     vocab_size: int = 1024
-    hidden_size: int = 192
-    intermediate_size: int = 448
-    num_layers: int = 8
+    hidden_size: int = 160
+    intermediate_size: int = 384
+    num_layers: int = 12
     num_heads: int = 4
     num_kv_heads: int = 2
-    head_dim: int = 64
+    head_dim: int = 32
     seq_len: int = 512
     batch_size: int = 4
-    num_steps: int = 4500
+    num_steps: int = 2400
     learning_rate: float = 2e-3
     warmup_steps: int = 200
     weight_decay: float = 0.1
     seed: int = 42
     bf16: bool = field(default_factory=lambda: _has_fast_bf16())
-    exit_layer: int = 2
+    exit_layer: int = 3
     num_speculative_tokens: int = 5
-    recipe: Recipe = field(default_factory=lambda: Recipe(exit_loss_scale=1.0, rotation=4))
+    recipe: Recipe = field(
+        default_factory=lambda: Recipe(
+            max_layer_dropout=0.2, exit_loss_scale=1.0, exit_loss_profile="uniform", rotation=3
+        )
+    )
 
     def twin(self) -> TrainingPlan:
         """The same run without the recipe."""
@@ -88,7 +94,7 @@ def _encode(tokenizer: PreTrainedTokenizerFast, texts: dict[str, str]) -> list[i
 def train_model(
     plan: TrainingPlan, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, output: Path
 ) -> tuple[LlamaForCausalLM, float]:
-    """Train one model; returns it (float32, on the CPU, in eval mode) and the seconds spent."""
+    """Train one model; returns it (float32, on the CPU) and the seconds spent."""
     transformers.set_seed(plan.seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -133,8 +139,7 @@ def train_model(
     start = time.monotonic()
     trainer.train()
     seconds = time.monotonic() - start
-    # The checkpoint is stored in bfloat16: score what is stored.
-    return model.cpu().to(torch.bfloat16).float().eval(), seconds
+    return model.cpu(), seconds
 
 
 def score_model(
@@ -149,9 +154,7 @@ def score_model(
     """Exit scores and acceptance lengths on held-out modules."""
     windows = _Blocks(_encode(tokenizer, corpus.held_out), plan.seq_len).blocks
     texts = [text for _, text in held_out_prompts(corpus, 4 * num_prompts, num_lines=40)]
-    encoded = [
-        [tokenizer.bos_token_id, *ids][:prompt_len] for ids in tokenizer(texts)["input_ids"]
-    ]
+    encoded = [[tokenizer.bos_token_id, *ids][:prompt_len] for ids in tokenizer(texts)["input_ids"]]
     prompts = torch.tensor([ids for ids in encoded if len(ids) == prompt_len][:num_prompts])
     matches = greedy_draft_matches(model, prompts, num_new_tokens)
     return {
@@ -169,13 +172,22 @@ def score_model(
     }
 
 
-def run(plan: TrainingPlan, output: Path, with_twin: bool) -> None:
-    """Train, score and save the checkpoint into ``output``; scores go to ``scores.json``."""
+def run(plan: TrainingPlan, output: Path, with_twin: bool, keep_checkpoint: bool) -> None:
+    """Train, save and score the checkpoint in ``output``; scores go to ``scores.json``.
+
+    Args:
+        with_twin: also train and score the twin; its weights are not kept.
+        keep_checkpoint: score the checkpoint that is in ``output`` instead of training it.
+    """
     corpus = load_stdlib()
     tokenizer = train_tokenizer(corpus.train.values(), plan.vocab_size, plan.seq_len)
     output.mkdir(parents=True, exist_ok=True)
-    report: dict[str, object] = {
-        "command": shlex.join(["python", "-m", "vllm_layerskip.training", *sys.argv[1:]]),
+    scores: dict[str, Any]
+    if keep_checkpoint:
+        scores = json.loads((output / "scores.json").read_text(encoding="utf-8"))
+    else:
+        scores = {"layerskip": _train_into(plan, tokenizer, corpus, output)}
+    scores |= {
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -184,14 +196,29 @@ def run(plan: TrainingPlan, output: Path, with_twin: bool) -> None:
         "corpus_sha256": corpus.digest,
         "plan": asdict(plan),
     }
-    model, seconds = train_model(plan, tokenizer, corpus, output)
-    report["layerskip"] = score_model(plan, model, tokenizer, corpus) | {"seconds": seconds}
-    save_checkpoint(plan, model, tokenizer, output)
-    _write_json(output / "scores.json", report)
+    # What is scored is what is stored: bfloat16 weights, read back.
+    scores["layerskip"] |= score_model(plan, load_checkpoint(output), tokenizer, corpus)
+    _write_scores(output, scores)
     if with_twin:
-        twin, seconds = train_model(plan.twin(), tokenizer, corpus, output)
-        report["twin"] = score_model(plan, twin, tokenizer, corpus) | {"seconds": seconds}
-        _write_json(output / "scores.json", report)
+        with tempfile.TemporaryDirectory() as folder:
+            cost = _train_into(plan.twin(), tokenizer, corpus, Path(folder))
+            twin = load_checkpoint(Path(folder))
+        scores["twin"] = cost | score_model(plan, twin, tokenizer, corpus)
+        _write_scores(output, scores)
+
+
+def _train_into(
+    plan: TrainingPlan, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, output: Path
+) -> dict[str, float]:
+    """Train and save; what it cost."""
+    model, seconds = train_model(plan, tokenizer, corpus, output)
+    save_checkpoint(plan, model, tokenizer, output)
+    return {"seconds": round(seconds, 1), "num_threads": torch.get_num_threads()}
+
+
+def load_checkpoint(folder: Path) -> LlamaForCausalLM:
+    """The stored checkpoint in float32, for scoring."""
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def save_checkpoint(
@@ -212,5 +239,6 @@ def save_checkpoint(
     tokenizer.save_pretrained(output)
 
 
-def _write_json(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _write_scores(output: Path, scores: dict[str, Any]) -> None:
+    (output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    (output / "README.md").write_text(model_card(scores), encoding="utf-8")

@@ -42,9 +42,7 @@ class LayerSkipTrainer(Trainer):
             causal_lm.model(input_ids=input_ids, use_cache=False)
         labels = input_ids[:, 1:].flatten()  # [B * (T - 1)]
         loss = torch.zeros((), device=input_ids.device)
-        for weight, state in zip(
-            exit_loss_weights(self.recipe, *schedule), states, strict=True
-        ):
+        for weight, state in zip(exit_loss_weights(self.recipe, *schedule), states, strict=True):
             if weight > 0.0:
                 logits = exit_logits(causal_lm, state[:, :-1]).flatten(0, 1)
                 loss = loss + weight * F.cross_entropy(logits.float(), labels)

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engine tests run Model Runner V2 on the CPU, its Triton kernels in the interpreter."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from checkpoints import EMBEDDED, random_llama  # noqa: E402
+from engines import EnginePool  # noqa: E402
+
+from vllm_layerskip.training.corpus import held_out_prompts, load_stdlib  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[EnginePool]:
+    pool = EnginePool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Path:
+    """The embedded LayerSkip checkpoint: 12 layers, really trained."""
+    return EMBEDDED
+
+
+@pytest.fixture(scope="session")
+def tokenizer(checkpoint: Path):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def prompts(tokenizer) -> list[list[int]]:
+    """Six prompts from held-out modules, of 5 to 140 tokens."""
+    texts = [text for _, text in held_out_prompts(load_stdlib(), 6)]
+    lengths = (33, 5, 140, 64, 17, 90)
+    encoded = [[tokenizer.bos_token_id, *ids] for ids in tokenizer(texts)["input_ids"]]
+    return [ids[:length] for ids, length in zip(encoded, lengths, strict=True)]
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights: drafts are wrong most of the time, so rejection is the rule."""
+    return random_llama(tmp_path_factory.mktemp("random") / "model")

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines for tests: started once per setting, in this process, and asked precisely."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm import LLM, SamplingParams
+from vllm.inputs import TokensPrompt
+
+ENGINE_DEFAULTS: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 256,
+    "kv_cache_memory_bytes": 16 << 20,
+    "disable_log_stats": False,
+    "seed": 0,
+}
+
+
+@dataclass
+class SpecCounts:
+    """What one engine drafted, accepted and verified over a block of code.
+
+    Taken from the scheduler itself: vLLM's Prometheus counters belong to the process, and
+    a test process has many engines.
+    """
+
+    num_speculative_tokens: int
+    drafts: list[tuple[int, int]] = field(default_factory=list)
+    """(drafted, accepted) of each request and step."""
+    num_verify_steps_reused: int = 0
+    num_verify_steps_full: int = 0
+    num_preemptions: int = 0
+
+    @property
+    def num_drafts(self) -> int:
+        return len(self.drafts)
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        return sum(accepted for _, accepted in self.drafts)
+
+    @property
+    def num_draft_tokens(self) -> int:
+        return sum(drafted for drafted, _ in self.drafts)
+
+    @property
+    def acceptance_length(self) -> float:
+        return 1 + self.num_accepted_tokens / self.num_drafts
+
+    @property
+    def accepted_per_position(self) -> list[int]:
+        return [
+            sum(accepted > position for _, accepted in self.drafts)
+            for position in range(self.num_speculative_tokens)
+        ]
+
+    def assert_speculated(self) -> None:
+        """Equal tokens mean nothing unless something was drafted and accepted."""
+        assert self.num_drafts > 0
+        assert 0 < self.num_accepted_tokens <= self.num_draft_tokens
+
+
+class Engine:
+    """An ``LLM`` of the test process."""
+
+    def __init__(self, model: str, **settings: Any) -> None:
+        if not (Path(model) / "tokenizer.json").exists():
+            settings.setdefault("skip_tokenizer_init", True)
+        self.llm = LLM(model, **{**ENGINE_DEFAULTS, **settings})
+
+    @property
+    def core(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core
+
+    @property
+    def scheduler(self) -> Any:
+        return self.core.scheduler
+
+    @property
+    def vllm_config(self) -> Any:
+        return self.llm.llm_engine.vllm_config
+
+    @property
+    def runner(self) -> Any:
+        return self.llm.collective_rpc(lambda worker: worker.model_runner)[0]
+
+    def generate(
+        self, prompts: Sequence[list[int]], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[list[int]]:
+        inputs = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
+        outputs = self.llm.generate(inputs, params, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def greedy(self, prompts: Sequence[list[int]], max_tokens: int = 40, **kwargs: Any):
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **kwargs)
+        return self.generate(prompts, params)
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[SpecCounts]:
+        """Counts of the block; complete when it ends."""
+        scheduler = self.scheduler
+        counts = SpecCounts(self.vllm_config.num_speculative_tokens)
+        observe, preempt = scheduler.make_spec_decoding_stats, scheduler._preempt_request
+
+        def make_spec_decoding_stats(stats: Any, **kwargs: Any) -> Any:
+            counts.drafts.append((kwargs["num_draft_tokens"], kwargs["num_accepted_tokens"]))
+            return observe(stats, **kwargs)
+
+        def preempt_request(*args: Any, **kwargs: Any) -> Any:
+            counts.num_preemptions += 1
+            return preempt(*args, **kwargs)
+
+        scheduler.make_spec_decoding_stats = make_spec_decoding_stats
+        scheduler._preempt_request = preempt_request
+        before = self.verify_stats()
+        try:
+            yield counts
+        finally:
+            del scheduler.make_spec_decoding_stats, scheduler._preempt_request
+            after = self.verify_stats()
+            for name, value in after.items():
+                setattr(counts, name, value - before[name])
+
+    def verify_stats(self) -> dict[str, int]:
+        if self.vllm_config.speculative_config is None:
+            return {}
+        return self.llm.collective_rpc("layerskip_stats")[0]
+
+    def start(self, request_id: str, prompt: list[int], max_tokens: int, **kwargs: Any) -> None:
+        """Add a greedy request; drive it with ``step``."""
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **kwargs)
+        self.llm.llm_engine.add_request(
+            request_id, TokensPrompt(prompt_token_ids=list(prompt)), params
+        )
+
+    def step(self) -> dict[str, list[int]]:
+        """One engine step: the tokens so far of each request that got any."""
+        outputs = self.llm.llm_engine.step()
+        return {output.request_id: list(output.outputs[0].token_ids) for output in outputs}
+
+    def run_to_end(self) -> dict[str, list[int]]:
+        tokens: dict[str, list[int]] = {}
+        while self.llm.llm_engine.has_unfinished_requests():
+            tokens.update(self.step())
+        return tokens
+
+    def abort(self, request_id: str) -> None:
+        self.llm.llm_engine.abort_request([request_id])
+
+    def reset_prefix_cache(self) -> None:
+        assert self.llm.reset_prefix_cache()
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+
+
+class EnginePool:
+    """Keeps engines by their settings, so that tests of one setting share one start."""
+
+    def __init__(self) -> None:
+        self._engines: dict[str, Engine] = {}
+
+    def get(self, model: object, **settings: Any) -> Engine:
+        key = repr((str(model), sorted(settings.items(), key=lambda item: item[0])))
+        if key not in self._engines:
+            # vLLM draws its request seeds from the process's generators.
+            torch.manual_seed(0)
+            self._engines[key] = Engine(str(model), **settings)
+        return self._engines[key]
+
+    def layerskip(
+        self, model: object, exit_layer: int, num_speculative_tokens: int, **settings: Any
+    ) -> Engine:
+        spec = {
+            "method": "layerskip",
+            "exit_layer": exit_layer,
+            "num_speculative_tokens": num_speculative_tokens,
+            **settings.pop("spec", {}),
+        }
+        return self.get(model, speculative_config=spec, **settings)
+
+    def close(self) -> None:
+        for engine in self._engines.values():
+            engine.close()
+        self._engines.clear()

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run one engine in a process of its own: settings as JSON in, tokens as JSON out."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+
+def main() -> None:
+    request = json.loads(sys.argv[1])
+    from vllm import LLM, SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    llm = LLM(**request["engine"])
+    params = SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True)
+    prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in request["prompts"]]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    result = {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "stats": llm.collective_rpc("layerskip_stats"),
+        "metrics": {
+            metric.name: metric.value
+            for metric in llm.get_metrics()
+            if metric.name.startswith("vllm:spec_decode") and hasattr(metric, "value")
+        },
+    }
+    print("RESULT " + json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines outside of the test process: vLLM's own process layout, and two ranks.
+
+Catches a config that does not survive the way to another process, a plugin that is not
+loaded there, and ranks that draft different tokens (pitfalls T17).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from engines import ENGINE_DEFAULTS
+
+MAX_TOKENS = 24
+
+
+def generate(checkpoint, prompts, environment, **engine):
+    request = {
+        "engine": {
+            **ENGINE_DEFAULTS,
+            "model": str(checkpoint),
+            "speculative_config": {"method": "layerskip", "exit_layer": 3},
+            **engine,
+        },
+        "prompts": prompts,
+        "max_tokens": MAX_TOKENS,
+    }
+    process = subprocess.run(
+        [sys.executable, Path(__file__).with_name("generate_in_process.py"), json.dumps(request)],
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    lines = [line for line in process.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, process.stdout[-3000:] + process.stderr[-6000:]
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+@pytest.mark.parametrize(
+    ("name", "environment", "engine"),
+    [
+        ("engine process", {}, {}),
+        (
+            "two tensor-parallel ranks",
+            {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CPU_KVCACHE_SPACE": "1"},
+            {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"},
+        ),
+    ],
+    ids=["engine-process", "two-ranks"],
+)
+def test_tokens_equal_plain_decoding(pool, checkpoint, prompts, name, environment, engine):
+    expected = pool.get(checkpoint).greedy(prompts[:4], max_tokens=MAX_TOKENS)
+    result = generate(checkpoint, prompts[:4], environment, **engine)
+    assert result["tokens"] == expected
+    assert len(result["stats"]) == engine.get("tensor_parallel_size", 1)
+    assert all(stats == result["stats"][0] for stats in result["stats"]), "ranks disagree"
+    assert result["stats"][0]["num_verify_steps_reused"] > 0
+    metrics = result["metrics"]
+    drafted = metrics["vllm:spec_decode_num_draft_tokens"]
+    assert 0 < metrics["vllm:spec_decode_num_accepted_tokens"] <= drafted

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Catch a vLLM that no longer has what this plugin touches, and a check that would not see it."""
+
+import inspect
+import sys
+import types
+
+import pytest
+
+from vllm_layerskip import host
+from vllm_layerskip.host import HostContact
+
+
+@pytest.mark.parametrize("contact", host.CONTACTS, ids=lambda contact: contact.path)
+def test_the_installed_vllm_has_what_we_touch(contact):
+    assert host.contact_problem(contact) is None
+
+
+def test_every_contact_is_listed_once_and_says_why():
+    paths = [contact.path for contact in host.CONTACTS]
+    assert len(set(paths)) == len(paths)
+    assert all(contact.why for contact in host.CONTACTS)
+
+
+def test_the_installed_vllm_is_supported():
+    host.require_supported_vllm()
+
+
+@pytest.fixture
+def fake_host(monkeypatch):
+    """A module ``fake_host`` with one function and one class of each kind of method."""
+
+    def function(first, second, *, third=None):
+        return first
+
+    class Owner:
+        def method(self, first, second):
+            return "method", first
+
+        @staticmethod
+        def static(first, second):
+            return "static", first
+
+        @classmethod
+        def of_class(cls, first, second):
+            return cls.__name__, first
+
+        @property
+        def size(self):
+            return 1
+
+    class Child(Owner):
+        pass
+
+    module = types.ModuleType("fake_host")
+    module.function, module.Owner, module.Child = function, Owner, Child
+    monkeypatch.setitem(sys.modules, "fake_host", module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("path", "parameters"),
+    [
+        ("fake_host:function", ()),
+        ("fake_host:function", ("first", "second", "third")),
+        ("fake_host:function", ("first", "third")),
+        ("fake_host:Owner.method", ("self", "first")),
+        ("fake_host:Owner.static", ("first", "second")),
+        ("fake_host:Owner.of_class", ("first", "second")),
+        ("fake_host:Child.of_class", ("first", "second")),
+        ("fake_host:Owner.size", ()),
+    ],
+)
+def test_a_contact_that_is_there_is_no_problem(fake_host, path, parameters):
+    assert host.contact_problem(HostContact(path, parameters)) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "parameters", "says"),
+    [
+        ("no_such_module:function", (), "missing"),
+        ("fake_host:gone", (), "missing"),
+        ("fake_host:Owner.gone", ("self",), "missing"),
+        ("fake_host:Gone.method", (), "missing"),
+        ("fake_host:function", ("first", "renamed"), "takes (first, second, third)"),
+        ("fake_host:function", ("second", "first"), "takes (first, second, third)"),
+        ("fake_host:Owner.method", ("first", "third"), "takes (self, first, second)"),
+        ("fake_host:Owner.of_class", ("first", "second", "third"), "takes (first, second)"),
+    ],
+)
+def test_a_contact_that_moved_is_named(fake_host, path, parameters, says):
+    problem = host.contact_problem(HostContact(path, parameters))
+    assert problem is not None
+    assert path in problem
+    assert says in problem
+    assert all(name in problem for name in parameters if says != "missing")
+
+
+def test_a_vllm_that_does_not_fit_is_refused_with_every_problem(monkeypatch, fake_host):
+    contacts = (
+        HostContact("fake_host:gone"),
+        HostContact("fake_host:Owner.method", ("self", "renamed")),
+        HostContact("fake_host:function", ("first",)),
+    )
+    monkeypatch.setattr(host, "CONTACTS", contacts)
+    host.check_contacts.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match=r"update vllm-layerskip\.$") as error:
+            host.require_supported_vllm()
+    finally:
+        host.check_contacts.cache_clear()
+    assert "fake_host:gone" in str(error.value)
+    assert "fake_host:Owner.method" in str(error.value)
+    assert "fake_host:function" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "version",
+    [
+        "0.32.0",
+        "0.32.0+cpu",
+        "0.32.1",
+        "0.33.1",
+        "0.33.0rc2.dev14+g1a2b3c4d5",
+        # A build from source without a release number: the contacts decide.
+        "dev",
+        "unknown",
+        "main-1a2b3c4",
+    ],
+)
+def test_a_version_in_the_range_or_without_a_number_is_no_problem(version):
+    assert host.version_problem(version) is None
+
+
+@pytest.mark.parametrize(
+    "version", ["0.31.9", "0.9.2", "0.34.0", "0.34.0rc1.dev3+gabc", "1.0.0", "1.32.0", "0.3.2"]
+)
+def test_another_version_is_refused_with_the_range_and_a_remedy(monkeypatch, version):
+    monkeypatch.setattr(host, "vllm_version", lambda: version)
+    with pytest.raises(RuntimeError, match="pip install") as error:
+        host.require_supported_vllm()
+    assert f"vLLM {version} is installed" in str(error.value)
+    assert ">=0.32,<0.34" in str(error.value)
+
+
+def _shout(original):
+    return lambda *args, **kwargs: ("wrapped", *original(*args, **kwargs))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "expected"),
+    [
+        ("method", types.FunctionType, ("wrapped", "method", 1)),
+        ("static", staticmethod, ("wrapped", "static", 1)),
+        ("of_class", classmethod, ("wrapped", "Child", 1)),
+    ],
+)
+def test_wrap_keeps_the_kind_of_a_method_and_is_applied_once(fake_host, name, kind, expected):
+    signature = inspect.signature(getattr(fake_host.Owner, name))
+    for _ in range(3):
+        host.wrap(fake_host.Owner, name, _shout)
+    assert type(inspect.getattr_static(fake_host.Owner, name)) is kind
+    assert getattr(fake_host.Child(), name)(1, 2) == expected
+    assert getattr(fake_host.Child(), name)(1, second=2) == expected
+    if kind is not types.FunctionType:
+        assert getattr(fake_host.Child, name)(1, 2) == expected
+    # check_contacts() runs after register(): it must still see vLLM's own parameters.
+    assert inspect.signature(getattr(fake_host.Owner, name)) == signature
+
+
+def test_wrapping_an_inherited_method_does_not_wrap_the_wrapper(fake_host):
+    host.wrap(fake_host.Owner, "method", _shout)
+    host.wrap(fake_host.Child, "method", _shout)
+    assert fake_host.Child().method(1, 2) == ("wrapped", "method", 1)
+
+
+@pytest.fixture
+def fake_spec_decode(monkeypatch):
+    package = types.ModuleType("vllm.v1.worker.gpu.spec_decode")
+    package.init_speculator = lambda *args: ("vllm", *args)
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    monkeypatch.delitem(sys.modules, host.MODEL_RUNNER_MODULE, raising=False)
+    return package
+
+
+def _runner(monkeypatch, init_speculator):
+    runner = types.ModuleType(host.MODEL_RUNNER_MODULE)
+    runner.init_speculator = init_speculator
+    monkeypatch.setitem(sys.modules, runner.__name__, runner)
+    return runner
+
+
+def test_a_runner_imported_later_finds_the_wrapped_init_speculator(fake_spec_decode):
+    for _ in range(2):
+        host.wrap_init_speculator(_shout)
+    assert fake_spec_decode.init_speculator(1) == ("wrapped", "vllm", 1)
+
+
+def test_a_runner_imported_already_gets_the_wrapped_init_speculator(monkeypatch, fake_spec_decode):
+    runner = _runner(monkeypatch, fake_spec_decode.init_speculator)
+    for _ in range(2):
+        host.wrap_init_speculator(_shout)
+    assert runner.init_speculator(1) == ("wrapped", "vllm", 1)
+
+
+def test_a_runner_with_a_function_of_its_own_keeps_it(monkeypatch, fake_spec_decode):
+    runner = _runner(monkeypatch, lambda *args: ("somebody else's", *args))
+    host.wrap_init_speculator(_shout)
+    assert runner.init_speculator(1) == ("somebody else's", 1)
