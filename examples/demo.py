@@ -97,7 +97,8 @@ def comparison(prompts: list[tuple[str, str]], plain: list[Answer], skip: list[A
         "plain tok/s",
         "LayerSkip tok/s",
     ):
-        table.add_column(column, justify="left" if column == "held-out module" else "right")
+        justify = "left" if column == "held-out module" else "right"
+        table.add_column(column, justify=justify, no_wrap=column == "acceptance by position")
     for (module, _), one, other in zip(prompts, plain, skip, strict=True):
         counters = other.counters
         assert counters is not None

@@ -19,6 +19,7 @@ kernel that it replaces.
 from __future__ import annotations
 
 import inspect
+import warnings
 
 import torch
 
@@ -37,7 +38,10 @@ def register() -> None:
     wanted = {GUMBEL_SAMPLE: gumbel_sample, RESAMPLE: resample, TOPK_TOPP: topk_topp}
     missing = {name: kernel for name, kernel in wanted.items() if name not in dispatcher._registry}
     if missing:
-        dispatcher.register_kernels(missing)
+        with warnings.catch_warnings():
+            # It looks at every attribute of every module, deprecated ones too.
+            warnings.simplefilter("ignore", FutureWarning)
+            dispatcher.register_kernels(missing)
 
 
 def gumbel_sample(
