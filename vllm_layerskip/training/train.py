@@ -228,6 +228,7 @@ def save_checkpoint(
     output: Path,
 ) -> None:
     """bfloat16 weights, tokenizer, and the block that ``exit_layer="auto"`` reads."""
+    model.config.use_cache = True  # The trainer turns it off.
     model.config.layerskip = {
         "exit_layer": plan.exit_layer,
         "num_speculative_tokens": plan.num_speculative_tokens,
