@@ -3,47 +3,52 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PY := $(VENV)/bin/python
-STAMP := $(VENV)/.installed
 
-# Triton's interpreter stands in for a GPU; on a GPU it must not be set.
+# The demo runs on a GPU where there is one. The tests run on vLLM's CPU build everywhere, with
+# Triton's interpreter in place of a GPU; it must not be set for the demo on a GPU.
 GPU := $(shell nvidia-smi --list-gpus 2>/dev/null | head -n 1)
-ifeq ($(GPU),)
-export TRITON_INTERPRET := 1
-endif
+CPU_VENV := $(if $(GPU),$(VENV)-cpu,$(VENV))
+CPU_STAMP := $(CPU_VENV)/.installed-cpu
+GPU_STAMP := $(VENV)/.installed-gpu
+DEMO_STAMP := $(if $(GPU),$(GPU_STAMP),$(CPU_STAMP))
 
 .PHONY: demo test quality style checkpoint clean
 
-demo: $(STAMP)
-	$(PY) examples/demo.py
+demo: $(DEMO_STAMP)
+	$(if $(GPU),,TRITON_INTERPRET=1) $(VENV)/bin/python examples/demo.py
 
-test: $(STAMP)
-	$(PY) -m pytest
+test: $(CPU_STAMP)
+	TRITON_INTERPRET=1 $(CPU_VENV)/bin/python -m pytest
 
-quality: $(STAMP)
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
+quality: $(CPU_STAMP)
+	$(CPU_VENV)/bin/ruff check .
+	$(CPU_VENV)/bin/ruff format --check .
+	$(CPU_VENV)/bin/mypy
 
-style: $(STAMP)
-	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/ruff format .
+style: $(CPU_STAMP)
+	$(CPU_VENV)/bin/ruff check --fix .
+	$(CPU_VENV)/bin/ruff format .
 
 # Train the embedded checkpoint and its twin again (about an hour on 2 cores).
-checkpoint: $(STAMP)
-	$(PY) -m vllm_layerskip.training --output vllm_layerskip/checkpoint --twin
+checkpoint: $(DEMO_STAMP)
+	$(VENV)/bin/python -m vllm_layerskip.training --output vllm_layerskip/checkpoint --twin
 
-$(STAMP): pyproject.toml tools/install_cpu.py
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed"'
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --upgrade pip
-ifeq ($(GPU),)
-	$(PY) tools/install_cpu.py
-	$(PY) -m pip install --quiet --editable '.[train,dev]'
-else
-	$(PY) -m pip install --quiet --editable '.[gpu,train,dev]'
-endif
+define make_venv
+$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed"'
+test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+$(1)/bin/python -m pip install --quiet --upgrade pip
+endef
+
+$(CPU_STAMP): pyproject.toml tools/install_cpu.py
+	$(call make_venv,$(CPU_VENV))
+	$(CPU_VENV)/bin/python tools/install_cpu.py
+	$(CPU_VENV)/bin/python -m pip install --quiet --editable '.[train,dev]'
+	touch $@
+
+$(GPU_STAMP): pyproject.toml
+	$(call make_venv,$(VENV))
+	$(VENV)/bin/python -m pip install --quiet --editable '.[gpu,train,dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-cpu .pytest_cache .ruff_cache .mypy_cache
