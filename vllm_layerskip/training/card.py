@@ -75,7 +75,7 @@ Next-token accuracy and perplexity of every exit.
 NOTES = """The paper's own weights e(l) ("sum") make an exit at a quarter of the depth weigh a few
 percent of the last layer. That suits its runs of 26 to 839 billion tokens; within the few
 million of this run it left the early exits far behind: an 8-layer model trained so for 4,500
-steps reached acceptance length 1.51 at E = 2, K = 5. So this checkpoint weighs all exits alike
+steps reached acceptance length 1.52 at E = 2, K = 5. So this checkpoint weighs all exits alike
 ("uniform").
 """
 
