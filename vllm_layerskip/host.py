@@ -236,6 +236,16 @@ CONTACTS: tuple[HostContact, ...] = (
     ),
     HostContact("vllm.forward_context:override_forward_context", ("forward_context",), "called"),
     HostContact("vllm.forward_context:get_forward_context", (), "called"),
+    # Workers, and Model Runner V2 on a CPU.
+    HostContact("vllm.config:ParallelConfig.worker_extension_cls", (), "set: layerskip_stats"),
+    HostContact("vllm.platforms:vllm_version_matches_substr", ("substr",), "called"),
+    HostContact("vllm.triton_utils.dispatcher:register_kernels", ("overrides",), "called"),
+    HostContact("vllm.triton_utils.dispatcher:_registry", (), "read: what is registered"),
+    HostContact("vllm.v1.worker.gpu.sample.gumbel:_gumbel_sample_kernel", (), "replaced"),
+    HostContact("vllm.v1.sample.ops.topk_topp_triton:_topk_topp_kernel", (), "replaced"),
+    HostContact(
+        "vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils:_resample_kernel", (), "replaced"
+    ),
     # Model.
     HostContact(
         "vllm.model_executor.models.llama:LlamaForCausalLM.forward",
