@@ -20,6 +20,8 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
 
 
 class DraftCudaGraphManager(SpeculatorCudaGraphManager):
+    _capture_descs: dict[CUDAGraphMode, list[BatchExecutionDescriptor]]
+
     def __init__(
         self, vllm_config: VllmConfig, device: torch.device, cudagraph_mode: CUDAGraphMode
     ) -> None:
