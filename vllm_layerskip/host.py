@@ -198,6 +198,11 @@ CONTACTS: tuple[HostContact, ...] = (
         ("self", "num_reqs", "num_tokens", "uniform_token_count", "num_active_loras"),
         "called: the graph for a batch size",
     ),
+    HostContact(
+        f"{_GRAPHS}:CudaGraphManager._init_candidates",
+        ("self",),
+        "wrapped: with a schedule _candidates offers the decode graphs of every query length",
+    ),
     HostContact(f"{_GRAPHS}:CudaGraphManager.run_fullgraph", ("self", "desc"), "called"),
     HostContact(f"{_GRAPHS}:CudaGraphManager.needs_capture", ("self",), "called"),
     HostContact(

@@ -59,7 +59,6 @@ class StandInGraph:
 
     def __init__(self) -> None:
         self.launches: list[_Launch] = []
-        self.num_replays = 0
 
     def record(self, function: Callable, args: tuple, kwargs: dict, outputs: Any) -> None:
         context = get_forward_context() if is_forward_context_available() else None
@@ -72,7 +71,6 @@ class StandInGraph:
         self.launches.append(_Launch(function, args, kwargs, outputs, allocated, context))
 
     def replay(self) -> None:
-        self.num_replays += 1
         for launch in self.launches:
             with override_forward_context(launch.context):
                 outputs = launch.function(*launch.args, **launch.kwargs)
@@ -191,7 +189,3 @@ def capture(runner: Any, capture_sizes: list[int]) -> None:
         runner.speculator._configure_decode_metadata_update()
         runner.speculator.init_cudagraph_manager(mode)
     runner.capture_model(profile_only=True)
-
-
-def num_replays(manager: Any) -> int:
-    return sum(graph.num_replays for graph in manager.graphs.values())
