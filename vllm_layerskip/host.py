@@ -249,12 +249,7 @@ CONTACTS: tuple[HostContact, ...] = (
             "kv_cache_config",
             "for_capture",
         ),
-        "extended: decides whether a verify step reuses",
-    ),
-    HostContact(
-        f"{_MODEL_STATE}.prepare_inputs",
-        ("self", "input_batch", "req_states"),
-        "extended: hands the plan to the forward",
+        "extended: decides whether a verify step reuses, and attaches its plan",
     ),
     HostContact(
         "vllm.v1.worker.gpu.model_states:resolve_model_state_cls",
