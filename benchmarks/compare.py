@@ -13,8 +13,6 @@ is not measured again. A mode that fails leaves its error in the file and the ot
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modes import MODES, TRANSFORMERS_MODES
-from provenance import provenance
+from processes import log_tail, logged_process
+from provenance import COMMAND_VARIABLE, command_line, provenance
 from results import Record, add_record, load_records
 from rich.console import Console
 from settings import Settings, add_arguments, settings_from
@@ -33,7 +32,6 @@ from summary import describe, rich_table, rows
 DEFAULT_MODES = ("plain", "layerskip", "layerskip-no-reuse", "draft-model")
 STOP_MARGIN_S = 15.0
 """A mode stops on its own this long before it would be killed."""
-LOG_TAIL_CHARS = 3000
 
 
 @dataclass(frozen=True)
@@ -68,29 +66,19 @@ def run_mode(run: Run, output: Path, log: Path, deadline: float | None) -> None:
     command += [*run.settings.to_argv(), "--output", str(output)]
     if time_left is not None:
         command += ["--time-limit", str(time_left - STOP_MARGIN_S)]
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w", encoding="utf-8") as stream:
-        # A session of its own, so that vLLM's engine processes end with it.
-        process = subprocess.Popen(
-            command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            killed = _wait(process, output, run, time_left)
-        finally:
-            _end(process)
-    if process.returncode != 0:
-        reason = "killed at the time limit" if killed else f"exit status {process.returncode}"
-        text = log.read_text(encoding="utf-8", errors="replace")
-        record = _mode_record(
-            run, "no-time" if killed else "error", reason=reason, error=text[-LOG_TAIL_CHARS:]
-        )
-        add_record(output, record)
+    with logged_process(command, log, {COMMAND_VARIABLE: command_line()}) as process:
+        in_time = _wait(process, output, run, time_left)
+    if not in_time:
+        add_record(output, _mode_record(run, "no-time", reason="killed at the time limit"))
+    elif process.returncode != 0:
+        reason = f"exit status {process.returncode}"
+        add_record(output, _mode_record(run, "error", reason=reason, error=log_tail(log)))
 
 
 def _wait(
     process: subprocess.Popen[bytes], output: Path, run: Run, time_left: float | None
 ) -> bool:
-    """Print records as they come; True if time ran out."""
+    """Print records as they come until the process ends; False if time ran out before."""
     start, seen = time.monotonic(), load_records(output)
     while True:
         running = process.poll() is None
@@ -100,26 +88,15 @@ def _wait(
                 print(f"{run.name}: {describe(record)}", flush=True)
         seen = records
         if not running:
-            return False
-        if time_left is not None and time.monotonic() - start > time_left:
             return True
+        if time_left is not None and time.monotonic() - start > time_left:
+            return False
         time.sleep(0.5)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    for kind in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, kind)
-            process.wait(timeout=5)
-        except ProcessLookupError:
-            break
-        except subprocess.TimeoutExpired:
-            continue
-    process.wait()
 
 
 def _mode_record(run: Run, status: str, **facts: str) -> Record:
     return {
+        "kind": "decode",
         "mode": run.mode,
         "settings": run.settings.identity(),
         "provenance": provenance(),

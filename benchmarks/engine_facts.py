@@ -38,13 +38,13 @@ def speculation_between(
     """Counts of what lies between, with acceptance length and rates."""
     if before is None or after is None:
         return None
-    counts = {
+    counts: dict[str, Any] = {
         name: [a - b for a, b in zip(value, before[name], strict=True)]
         if isinstance(value, list)
         else value - before[name]
         for name, value in after.items()
     }
-    num_drafts = counts["num_drafts"]
+    num_drafts: int = counts["num_drafts"]
     if num_drafts:
         counts["acceptance_length"] = round(1 + counts["num_accepted_tokens"] / num_drafts, 4)
         per_position = counts.pop("num_accepted_tokens_per_pos")
@@ -63,8 +63,9 @@ def worker_memory(worker: Any) -> dict[str, int]:
     runner = worker.model_runner
     speculator = getattr(runner, "speculator", None)
     facts = {"kv_cache_bytes": sum(_storages(_tensors(runner.kv_caches)).values())}
-    if hasattr(speculator, "exit_states"):
-        facts["exit_state_bytes"] = speculator.exit_states.num_bytes
+    exit_states = getattr(speculator, "exit_states", None)
+    if exit_states is not None:
+        facts["exit_state_bytes"] = exit_states.num_bytes
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         target = _storages(runner.model.parameters())

@@ -87,16 +87,21 @@ def _generate(model: Any, settings: Settings, mode: str, input_ids: Any) -> Wind
     import torch
     from transformers import GenerationConfig
 
-    options: dict[str, Any] = {}
+    generation = GenerationConfig(
+        max_new_tokens=settings.output_len,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        use_cache=True,
+    )
     if mode == "transformers-assistant":
-        options["assistant_early_exit"] = settings.exit_layer
-        # The same K at every step, as vLLM drafts: no schedule, no stop at low confidence.
+        generation.assistant_early_exit = settings.exit_layer
+        # The assistant reads its own model's config. The same K at every step, as vLLM drafts:
+        # no schedule, no stop at low confidence.
         model.generation_config.num_assistant_tokens = settings.num_speculative_tokens
         model.generation_config.num_assistant_tokens_schedule = "constant"
         model.generation_config.assistant_confidence_threshold = 0.0
-    generation = GenerationConfig(
-        max_new_tokens=settings.output_len, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
+        model.generation_config.use_cache = True
     streamer = _StepClock()
     with torch.inference_mode():
         model.generate(
@@ -104,6 +109,5 @@ def _generate(model: Any, settings: Settings, mode: str, input_ids: Any) -> Wind
             attention_mask=torch.ones_like(input_ids),
             generation_config=generation,
             streamer=streamer,
-            **options,
         )
     return streamer.window()

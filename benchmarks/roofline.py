@@ -101,9 +101,7 @@ class Roofline:
     def speedup(self, decoding: Decoding, batch_size: int, context: float) -> float:
         """The bound of the speed-up over plain decoding at its own bound."""
         plain_s = self.step_s(Decoding("plain"), batch_size, context)
-        return (
-            decoding.acceptance_length * plain_s / self.step_s(decoding, batch_size, context)
-        )
+        return decoding.acceptance_length * plain_s / self.step_s(decoding, batch_size, context)
 
 
 def scheduled_drafts(

@@ -81,9 +81,7 @@ class Settings:
         length = self.synthetic_acceptance_length
         if length is not None:
             length = length_for(length, self.num_speculative_tokens, num_drafts)
-        return replace(
-            self, num_speculative_tokens=num_drafts, synthetic_acceptance_length=length
-        )
+        return replace(self, num_speculative_tokens=num_drafts, synthetic_acceptance_length=length)
 
     @property
     def max_model_len(self) -> int:

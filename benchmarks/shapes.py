@@ -97,6 +97,6 @@ SHAPES: dict[str, Shape] = {
     "llama-2-13b": Shape(5120, 13824, 40, 40, 40, 128, 32000),
     "llama-3-8b": Shape(4096, 14336, 32, 32, 8, 128, 128256),
     "llama-3.2-1b": Shape(2048, 8192, 16, 32, 8, 64, 128256, tie_word_embeddings=True),
-    "tiny": Shape(64, 128, 8, 2, 2, 32, 512),
+    "tiny": Shape(64, 128, 8, 2, 2, 32, 2048),
 }
 """Sizes as the models' own ``config.json`` has them; ``tiny`` is for rehearsals."""

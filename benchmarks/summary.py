@@ -100,7 +100,7 @@ def describe(record: Record) -> str:
 
 
 HEADER = (
-    "prompt", "batch", "mode", "setting", "tok/s", "spread", "of limit",
+    "prompt", "batch", "mode", "setting", "tok/s", "spread", "of roofline",
     "x plain", "limit", "of limit", "acceptance", "step ms", "reused / steps",
 )  # fmt: skip
 
@@ -149,7 +149,7 @@ def _row(record: Record, plain: Record | None, bandwidth: float | None) -> Row:
         spread=(max(speeds) - min(speeds)) / speed,
         step_ms=record["step_ms"],
         acceptance_length=speculation.get("acceptance_length"),
-        speedup=_ratio(speed, plain and plain["tokens_per_s"]),
+        speedup=_ratio(speed, plain["tokens_per_s"] if plain else None),
         speedup_limit=speedup_limit,
         tokens_limit=tokens_limit,
         reused=_reused(speculation),
