@@ -127,8 +127,15 @@ def _draw_lines(axes: Axes, panel: Sequence[Row], value: Value) -> None:
         points = [(size, y) for size, y in points if y is not None]
         if points:
             color, marker = _STYLES[mode]
-            axes.plot(*zip(*points, strict=True), color=color, marker=marker, linestyle=line_style, markersize=4,
-                      linewidth=1.2, label=f"{mode} {setting}".strip())  # fmt: skip
+            axes.plot(
+                *zip(*points, strict=True),
+                color=color,
+                marker=marker,
+                markersize=4,
+                linestyle=line_style,
+                linewidth=1.2,
+                label=f"{mode} {setting}".strip(),
+            )
 
 
 def _draw_limits(axes: Axes, panel: Sequence[Row]) -> None:

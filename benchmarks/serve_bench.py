@@ -109,7 +109,9 @@ def server(
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", arguments["model"]]
         command += ["--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--port", str(port)]
         start = time.monotonic()
-        with logged_process([*command, *command_line_flags(arguments)], log) as process:
+        command += command_line_flags(arguments)
+        # A server's engine lives in a process of its own, on a CPU too.
+        with logged_process(command, log, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}) as process:
             url = f"http://127.0.0.1:{port}"
             _wait_until_healthy(process, url, log)
             yield url, round(time.monotonic() - start, 1)
