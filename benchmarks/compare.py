@@ -21,13 +21,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine_arguments import empty_caches
 from modes import MODES, TRANSFORMERS_MODES
 from processes import log_tail, logged_process
 from provenance import COMMAND_VARIABLE, command_line, provenance
 from results import Record, add_record, load_records
 from rich.console import Console
 from settings import Settings, add_arguments, settings_from
-from summary import describe, rich_table, rows
+from summary import baseline_settings, describe, rich_table, rows
 
 DEFAULT_MODES = ("plain", "layerskip", "layerskip-no-reuse", "draft-model")
 STOP_MARGIN_S = 15.0
@@ -56,8 +57,13 @@ def plan(modes: list[str], settings: Settings, num_drafts: list[int]) -> list[Ru
     return runs
 
 
-def run_mode(run: Run, output: Path, log: Path, deadline: float | None) -> None:
-    """Run a mode's process to its end; whatever comes of it is in ``output``."""
+def run_mode(run: Run, output: Path, log: Path, deadline: float | None, fresh_cache: bool) -> None:
+    """Run a mode's process to its end; whatever comes of it is in ``output``.
+
+    Args:
+        deadline: on ``time.monotonic``.
+        fresh_cache: start with empty compile caches, so that starts compare.
+    """
     time_left = None if deadline is None else deadline - time.monotonic()
     if time_left is not None and time_left < 2 * STOP_MARGIN_S:
         add_record(output, _mode_record(run, "no-time", reason="the table's time limit"))
@@ -66,7 +72,13 @@ def run_mode(run: Run, output: Path, log: Path, deadline: float | None) -> None:
     command += [*run.settings.to_argv(), "--output", str(output)]
     if time_left is not None:
         command += ["--time-limit", str(time_left - STOP_MARGIN_S)]
-    with logged_process(command, log, {COMMAND_VARIABLE: command_line()}) as process:
+    environment = {COMMAND_VARIABLE: command_line()}
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        logged_process(
+            command, log, environment | (empty_caches(Path(cache)) if fresh_cache else {})
+        ) as process,
+    ):
         in_time = _wait(process, output, run, time_left)
     if not in_time:
         add_record(output, _mode_record(run, "no-time", reason="killed at the time limit"))
@@ -106,9 +118,15 @@ def _mode_record(run: Run, status: str, **facts: str) -> Record:
 
 
 def current(records: list[Record], runs: list[Run]) -> Iterator[Record]:
-    """Records of this table; a file may hold those of others too."""
+    """Records of this table, with the baseline that an earlier one left in the file."""
     known = [(run.mode, run.settings.identity()) for run in runs]
-    return (record for record in records if (record["mode"], record["settings"]) in known)
+    baseline = baseline_settings(runs[0].settings.identity())
+    for record in records:
+        is_baseline = (
+            record["mode"] == "plain" and baseline_settings(record["settings"]) == baseline
+        )
+        if is_baseline or (record["mode"], record["settings"]) in known:
+            yield record
 
 
 def main() -> None:
@@ -120,6 +138,11 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(DEFAULT_MODES))
     parser.add_argument("--bandwidth", type=float, help="TB/s of the GPU, for the limits.")
     parser.add_argument("--time-limit", type=float, help="Seconds for the whole table.")
+    parser.add_argument(
+        "--fresh-cache",
+        action="store_true",
+        help="Give each process empty compile caches: fair start times, slower starts.",
+    )
     parser.add_argument("--output", type=Path, help="Result file.")
     parser.add_argument("--resume", action="store_true", help="Go on with --output.")
     args = parser.parse_args()
@@ -139,7 +162,7 @@ def main() -> None:
         output = args.output or Path(scratch) / "results.json"
         logs = output.with_suffix(".logs")
         for run in runs:
-            run_mode(run, output, logs / f"{run.name}.log", deadline)
+            run_mode(run, output, logs / f"{run.name}.log", deadline, args.fresh_cache)
         records = list(current(load_records(output), runs))
     Console(width=150).print(rich_table(rows(records, args.bandwidth)))
     if any(record["status"] == "error" for record in records):

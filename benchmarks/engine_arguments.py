@@ -17,6 +17,14 @@ from cut_checkpoint import write_cut_checkpoint
 from modes import CUT_MODES, speculative_config, write_draft_vocab
 from settings import Settings
 
+FRESH_CACHE_VARIABLE = "BENCHMARK_FRESH_CACHE"
+
+
+def empty_caches(folder: Path) -> dict[str, str]:
+    """Variables that lead vLLM's, Inductor's and Triton's compile caches into ``folder``."""
+    names = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    return {name: str(folder / name.lower()) for name in names} | {FRESH_CACHE_VARIABLE: "1"}
+
 
 def prepare_environment(device: str) -> None:
     """Variables that must stand before vLLM is imported."""

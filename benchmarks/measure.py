@@ -11,6 +11,7 @@ beforehand. ``benchmarks/compare.py`` runs the modes of a table.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -21,7 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 PROCESS_START = time.perf_counter()
 
-from engine_arguments import engine_arguments, prepare_environment  # noqa: E402
+from engine_arguments import (  # noqa: E402
+    FRESH_CACHE_VARIABLE,
+    engine_arguments,
+    prepare_environment,
+)
 from engine_facts import (  # noqa: E402
     kv_capacity_tokens,
     speculation_between,
@@ -102,11 +107,12 @@ def measure_engine(
         start = time.perf_counter()
         llm = LLM(**arguments)
         engine: dict[str, Any] = {
+            "fresh_cache": FRESH_CACHE_VARIABLE in os.environ,
             "import_s": round(start - import_start, 2),
             "start_s": round(time.perf_counter() - start, 2),
             "kv_capacity_tokens": kv_capacity_tokens(llm),
             "memory": llm.collective_rpc(worker_memory)[0],
-            "speculative_config": arguments["speculative_config"],
+            "arguments": {name: arguments[name] for name in arguments.keys() - {"model"}},
             "prefill_s": {},
         }
         room = engine["kv_capacity_tokens"]

@@ -71,7 +71,7 @@ def _engine_cells(engine: dict[str, Any]) -> list[str]:
         return f"{memory[name] / unit:.2f}" if name in memory else ""
 
     return [
-        f"{engine['start_s']:.1f}",
+        f"{engine['start_s']:.1f}{' (empty caches)' if engine['fresh_cache'] else ''}",
         size("weights_bytes", 1e9),
         size("draft_weights_bytes", 1e9),
         size("kv_cache_bytes", 1e9),

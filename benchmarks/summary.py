@@ -79,6 +79,11 @@ def gpu_name(record: Record) -> str | None:
     return gpu["name"] if gpu and record["settings"]["device"] == "cuda" else None
 
 
+def baseline_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """What plain decoding depends on."""
+    return {name: value for name, value in settings.items() if name not in _SPECULATION}
+
+
 def rows(records: Iterable[Record], bandwidth: float | None = None) -> list[Row]:
     """One row for each record, in the order of prompt length, batch size and measuring."""
     records = list(records)
@@ -187,7 +192,7 @@ def _decoding(record: Record) -> Decoding:
 
 
 def _baseline_key(record: Record) -> tuple[Any, ...]:
-    settings = {k: v for k, v in record["settings"].items() if k not in _SPECULATION}
+    settings = baseline_settings(record["settings"])
     gpu = gpu_name(record)
     return repr(settings), gpu, record.get("prompt_len"), record.get("batch_size")
 
