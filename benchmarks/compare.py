@@ -31,6 +31,7 @@ from settings import Settings, add_arguments, settings_from
 from summary import baseline_settings, describe, rich_table, rows
 
 DEFAULT_MODES = ("plain", "layerskip", "layerskip-no-reuse", "draft-model")
+MEASURE = Path(__file__).with_name("measure.py")
 STOP_MARGIN_S = 15.0
 """A mode stops on its own this long before it would be killed."""
 
@@ -68,7 +69,7 @@ def run_mode(run: Run, output: Path, log: Path, deadline: float | None, fresh_ca
     if time_left is not None and time_left < 2 * STOP_MARGIN_S:
         add_record(output, _mode_record(run, "no-time", reason="the table's time limit"))
         return
-    command = [sys.executable, str(Path(__file__).with_name("measure.py")), "--mode", run.mode]
+    command = [sys.executable, str(MEASURE), "--mode", run.mode]
     command += [*run.settings.to_argv(), "--output", str(output)]
     if time_left is not None:
         command += ["--time-limit", str(time_left - STOP_MARGIN_S)]

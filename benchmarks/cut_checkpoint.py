@@ -26,7 +26,8 @@ def write_cut_checkpoint(source: Path, exit_layer: int, folder: Path) -> Path:
     if not shards:
         raise ValueError(f"{source} holds no *.safetensors. Convert the checkpoint to safetensors.")
     folder.mkdir(parents=True, exist_ok=True)
-    for number, shard in enumerate(shards):
+    shard_of: dict[str, str] = {}
+    for shard in shards:
         with safe_open(shard, framework="pt") as weights:
             kept = {
                 name: weights.get_tensor(name)
@@ -34,7 +35,11 @@ def write_cut_checkpoint(source: Path, exit_layer: int, folder: Path) -> Path:
                 if _is_kept(name, exit_layer)
             }
             if kept:
-                save_file(kept, folder / f"model-{number:05d}.safetensors", weights.metadata())
+                save_file(kept, folder / shard.name, weights.metadata())
+                shard_of |= dict.fromkeys(kept, shard.name)
+    if len(shards) > 1:
+        index = {"metadata": {}, "weight_map": shard_of}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config["num_hidden_layers"] = exit_layer
     config.pop("layerskip", None)
@@ -42,7 +47,6 @@ def write_cut_checkpoint(source: Path, exit_layer: int, folder: Path) -> Path:
         config["layer_types"] = config["layer_types"][:exit_layer]
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     for path in source.iterdir():
-        # The weights' index names the shards of the whole model.
         if "token" in path.name or path.name == "generation_config.json":
             (folder / path.name).write_bytes(path.read_bytes())
     return folder

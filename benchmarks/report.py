@@ -42,8 +42,8 @@ def _tables(records: list[Record], bandwidth: float | None) -> Iterable[str]:
 
 def _caption(records: Sequence[Record]) -> str:
     settings = records[0]["settings"]
-    acceptance = settings["synthetic_acceptance_length"]
-    drafts = "real acceptance" if acceptance is None else f"synthetic acceptance {acceptance:g}"
+    is_real = settings["synthetic_acceptance_length"] is None
+    drafts = "real acceptance" if is_real else "synthetic acceptance"
     return (
         f"Steady decoding of {settings['output_len']} tokens after {settings['prompts']} prompts, "
         f"{settings['dtype']}, greedy, {drafts}; median of {settings['repeats']} run(s). Limits: "

@@ -35,6 +35,7 @@ class Row:
     """(max - min) / median over the runs."""
     step_ms: float | None = None
     acceptance_length: float | None = None
+    """By vLLM's counters, over whole runs."""
     speedup: float | None = None
     speedup_limit: float | None = None
     tokens_limit: float | None = None
@@ -186,9 +187,17 @@ def _decoding(record: Record) -> Decoding:
         mode,
         exit_layer=settings["exit_layer"],
         num_speculative_tokens=num_drafts,
-        acceptance_length=record["speculation"].get("acceptance_length", 1.0),
+        acceptance_length=_tokens_per_step(record),
         draft_vocab=record.get("num_draft_vocab_ids") if mode.startswith("layerskip") else None,
     )
+
+
+def _tokens_per_step(record: Record) -> float:
+    """Tokens a request and step in the very windows that were timed."""
+    num_tokens, num_steps = (
+        sum(run[name] for run in record["runs"]) for name in ("num_tokens", "num_steps")
+    )
+    return num_tokens / num_steps / record["batch_size"]
 
 
 def _baseline_key(record: Record) -> tuple[Any, ...]:
