@@ -144,6 +144,7 @@ def test_training_a_model_within_its_time(tmp_path):
     )  # fmt: skip
     scores = json.loads((model / "scores.json").read_text())
     assert scores["num_steps"] >= 1
+    assert json.loads((model / "generation_config.json").read_text())["use_cache"] is True
     assert scores["log"][-1]["train_loss"] < 6.5, "no better than uniform over 512 tokens"
     run_script("compare.py", *CPU, "--model", model, "--modes", "layerskip", "--output", output)
     assert all(record["speculation"]["num_drafts"] for record in load_records(output))

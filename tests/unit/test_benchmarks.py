@@ -20,6 +20,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import compare  # noqa: E402
 import hardware  # noqa: E402
+import limits  # noqa: E402
 import plots  # noqa: E402
 import presets  # noqa: E402
 import prompts  # noqa: E402
@@ -127,6 +128,17 @@ class TestRoofline:
         ]
         lookup = build_dynamic_sd_schedule_lookup(schedule, 64, 8)
         assert [scheduled_drafts(schedule, 8, size) for size in range(1, 65)] == lookup[1:]
+
+
+def test_limits_before_anything_is_run():
+    """The draft vocabulary lifts the 8B shape's limit at batch 1 from 1.72 to 1.95."""
+    tables = [
+        limits.limits(_parse("--preset", name), "NVIDIA H200") for name in ("8b", "8b-vocab32k")
+    ]
+    assert [table.splitlines()[2].split(" | ")[3] for table in tables] == ["1.72", "1.95"]
+    schedule = _parse("--preset", "7b-cnndm", "--schedule", "[[1, 8, 12], [9, 32, 0]]")
+    last = limits.limits(schedule, "NVIDIA H200").splitlines()[-1]
+    assert last.split(" | ")[1:6:2] == ["32", "1.00", "1.00"]
 
 
 @pytest.mark.parametrize(
