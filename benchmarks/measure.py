@@ -112,7 +112,7 @@ def measure_engine(
             "start_s": round(time.perf_counter() - start, 2),
             "kv_capacity_tokens": kv_capacity_tokens(llm),
             "memory": llm.collective_rpc(worker_memory)[0],
-            "arguments": {name: arguments[name] for name in arguments.keys() - {"model"}},
+            "arguments": {k: value for k, value in arguments.items() if k != "model"},
             "prefill_s": {},
         }
         room = engine["kv_capacity_tokens"]

@@ -85,7 +85,8 @@ class Settings:
 
     @property
     def max_model_len(self) -> int:
-        return max(self.prompt_lens) + self.output_len + 1
+        """Room for the last step's drafts too: near its end a request drafts less."""
+        return max(self.prompt_lens) + self.output_len + self.num_speculative_tokens + 1
 
     @property
     def num_draft_vocab_ids(self) -> int | None:
