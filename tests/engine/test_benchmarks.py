@@ -95,7 +95,7 @@ def test_a_schedule_that_falls_to_no_drafts(tmp_path):
 @pytest.mark.slow
 def test_a_checkpoint_against_transformers(checkpoint, tmp_path):
     output = tmp_path / "checkpoint.json"
-    modes = ("transformers", "transformers-assistant", "plain", "layerskip", "draft-model")
+    modes = ("transformers", "transformers-assistant", "layerskip", "draft-model")
     load = ("--batch-sizes", 1, "--output-len", 64, "--prompt-lens", 32)
     run_script(
         "compare.py", *CPU, *load, "--model", checkpoint, "--modes", *modes, "--output", output
