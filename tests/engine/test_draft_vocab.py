@@ -14,17 +14,21 @@ from itertools import chain
 
 import pytest
 import torch
-from checkpoints import with_config
+from checkpoints import random_llama
 from vllm import SamplingParams
 
-MAX_TOKENS = 30
+from vllm_layerskip.draft_head import DraftHead
+
+MAX_TOKENS = 24
 VOCAB_SIZE = 1024
+VOCAB_SIZE_OF_RANDOM = 64
+PROMPTS_OF_RANDOM = [[0, *range(3, 12)], [0, *range(30, 50)]]
 SAMPLE_METHODS = ["greedy", "probabilistic"]
 
 
 @pytest.fixture(scope="module")
 def expected(pool, checkpoint, prompts):
-    return pool.get(checkpoint).greedy(prompts[:3], max_tokens=MAX_TOKENS)
+    return pool.get(checkpoint).greedy(prompts[:2], max_tokens=MAX_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +72,7 @@ def test_drafts_are_of_the_vocabulary_and_tokens_are_plain_vllms(
     spec = {"draft_vocab": path, "draft_sample_method": method}
     engine = pool.layerskip(checkpoint, 3, 4, spec=spec)
     with engine.counting() as counts, drafted(engine) as drafts:
-        assert engine.greedy(prompts[:3], max_tokens=MAX_TOKENS) == expected
+        assert engine.greedy(prompts[:2], max_tokens=MAX_TOKENS) == expected
     counts.assert_speculated()
     assert counts.num_verify_steps_reused > 0
     assert counts.acceptance_length > 1.3
@@ -77,16 +81,14 @@ def test_drafts_are_of_the_vocabulary_and_tokens_are_plain_vllms(
     assert set(drafts) <= token_ids
 
 
-@pytest.mark.parametrize("method", SAMPLE_METHODS)
 def test_without_the_tokens_of_the_output_no_draft_is_accepted(
-    pool, checkpoint, prompts, expected, vocabs, method
+    pool, checkpoint, prompts, expected, vocabs
 ):
     path, token_ids = vocabs["uncommon"]
-    spec = {"draft_vocab": path, "draft_sample_method": method}
-    engine = pool.layerskip(checkpoint, 3, 4, spec=spec)
+    engine = pool.layerskip(checkpoint, 3, 4, spec={"draft_vocab": path})
     with engine.counting() as counts, drafted(engine) as drafts:
-        assert engine.greedy(prompts[:3], max_tokens=MAX_TOKENS) == expected
-    assert counts.num_draft_tokens > 100
+        assert engine.greedy(prompts[:2], max_tokens=MAX_TOKENS) == expected
+    assert counts.num_draft_tokens > 80
     assert counts.num_accepted_tokens == 0
     assert set(drafts) <= token_ids
 
@@ -95,34 +97,29 @@ def test_without_the_tokens_of_the_output_no_draft_is_accepted(
 def test_a_vocabulary_of_all_tokens_drafts_what_none_drafts(
     pool, checkpoint, prompts, expected, vocabs, method
 ):
+    temperature = 0.8 if method == "probabilistic" else 0
+    params = SamplingParams(temperature=temperature, max_tokens=MAX_TOKENS, ignore_eos=True, seed=5)
     runs = []
     for draft_vocab in ("none", vocabs["all"][0]):
         spec = {"draft_vocab": draft_vocab, "draft_sample_method": method}
         engine = pool.layerskip(checkpoint, 3, 4, spec=spec)
-        params = SamplingParams(temperature=0.8, max_tokens=MAX_TOKENS, ignore_eos=True, seed=5)
         engine.reset_prefix_cache()
         with engine.counting() as counts, drafted(engine) as drafts:
-            assert engine.greedy(prompts[:3], max_tokens=MAX_TOKENS) == expected
-            sampled = engine.generate(prompts[:3], params)
+            tokens = engine.generate(prompts[:2], params)
         counts.assert_speculated()
-        runs.append((drafts, counts.drafts, sampled))
+        runs.append((tokens, drafts, counts.drafts))
     assert runs[0] == runs[1]
+    assert temperature > 0 or tokens == expected
 
 
-@pytest.mark.parametrize("draft_vocab", ["none", "common"])
-def test_local_argmax_reduction_drafts_the_same(
-    pool, checkpoint, prompts, expected, vocabs, draft_vocab
-):
+def test_local_argmax_reduction_drafts_the_same(pool, checkpoint, prompts, expected):
     runs = []
     for reduction in (False, True):
-        spec = {
-            "draft_vocab": vocabs[draft_vocab][0] if draft_vocab in vocabs else draft_vocab,
-            "use_local_argmax_reduction": reduction,
-        }
+        spec = {"use_local_argmax_reduction": reduction}
         engine = pool.layerskip(checkpoint, 3, 4, spec=spec)
         engine.reset_prefix_cache()
         with engine.counting() as counts, drafted(engine) as drafts:
-            assert engine.greedy(prompts[:3], max_tokens=MAX_TOKENS) == expected
+            assert engine.greedy(prompts[:2], max_tokens=MAX_TOKENS) == expected
         counts.assert_speculated()
         runs.append((drafts, counts.drafts))
     assert runs[0] == runs[1]
@@ -145,8 +142,6 @@ def test_the_rejection_sampler_gets_the_distribution_that_was_sampled_from(
         logits = DraftHead.compute_logits(speculator.draft_head, hidden_states)
         seen.append((full, logits.clone()))
         return logits
-
-    from vllm_layerskip.draft_head import DraftHead
 
     speculator.draft_head.compute_logits = observe
     params = SamplingParams(temperature=0.8, max_tokens=12, ignore_eos=True, seed=3)
@@ -178,50 +173,21 @@ def test_the_memory_is_as_large_as_stated(pool, checkpoint, vocabs):
         assert plain.keys() == dict(engine.runner.model.named_parameters()).keys()
 
 
-def test_a_checkpoint_brings_its_draft_vocabulary(
-    pool, checkpoint, prompts, expected, vocabs, tmp_path
-):
-    path, token_ids = vocabs["common"]
-    block = {"exit_layer": 3, "num_speculative_tokens": 4, "draft_vocab": "common.json"}
-    model = with_config(checkpoint, tmp_path / "m", layerskip=block)
-    (model / "common.json").symlink_to(path)
-    engine = pool.get(model, speculative_config={"method": "layerskip"})
-    with engine.counting() as counts, drafted(engine) as drafts:
-        assert engine.greedy(prompts[:3], max_tokens=MAX_TOKENS) == expected
-    counts.assert_speculated()
-    assert set(drafts) <= token_ids
-
-
-def test_new_weights_reach_the_draft_head(pool, checkpoint, prompts, vocabs, tmp_path):
-    """vLLM's reload_weights: the rows are those of the new weights from the next step on."""
-    other = scaled_embeddings(checkpoint, tmp_path / "other")
-    new_expected = pool.get(other).greedy(prompts[:3], max_tokens=MAX_TOKENS)
-    spec = {"draft_vocab": vocabs["all"][0]}
-    engine = pool.layerskip(checkpoint, 3, 3, spec=spec)
+def test_new_weights_reach_the_draft_head(pool, tmp_path):
+    """vLLM's reload_weights. Later layers add nothing: every draft is right, or rows are old."""
+    models = [random_llama(tmp_path / str(seed), identity_from=2, seed=seed) for seed in (0, 1)]
+    (tmp_path / "ids").write_text(json.dumps(list(range(VOCAB_SIZE_OF_RANDOM))))
+    engine = pool.layerskip(models[0], 2, 3, spec={"draft_vocab": str(tmp_path / "ids")})
     head = engine.runner.speculator.draft_head
-    address = head.lm_head.weight.data_ptr()
-    old = head.lm_head.weight.clone()
-    engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
-    engine.reset_prefix_cache()
-    with engine.counting() as counts:
-        assert engine.greedy(prompts[:3], max_tokens=MAX_TOKENS) == new_expected
-    counts.assert_speculated()
-    assert head.lm_head.weight.data_ptr() == address
-    new = engine.runner.model.lm_head.weight
-    assert torch.equal(head.lm_head.weight, new)
-    assert not torch.equal(head.lm_head.weight, old)
-
-
-def scaled_embeddings(checkpoint, folder):
-    """The checkpoint with every token embedding scaled; the tied LM head changes with them."""
-    from safetensors.torch import load_file, save_file
-
-    model = with_config(checkpoint, folder)
-    weights = load_file(checkpoint / "model.safetensors")
-    generator = torch.Generator().manual_seed(0)
-    embedding = weights["model.embed_tokens.weight"]
-    scale = 1 + 0.1 * torch.rand(len(embedding), 1, generator=generator)
-    weights["model.embed_tokens.weight"] = (embedding.float() * scale).to(embedding.dtype)
-    (model / "model.safetensors").unlink()
-    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    return model
+    address, rows = head.lm_head.weight.data_ptr(), []
+    for model in models:
+        expected = pool.get(model).greedy(PROMPTS_OF_RANDOM, max_tokens=MAX_TOKENS)
+        engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(model)})
+        engine.reset_prefix_cache()
+        with engine.counting() as counts:
+            assert engine.greedy(PROMPTS_OF_RANDOM, max_tokens=MAX_TOKENS) == expected
+        counts.assert_speculated()
+        assert counts.num_accepted_tokens == counts.num_draft_tokens
+        assert head.lm_head.weight.data_ptr() == address
+        rows.append(head.lm_head.weight.clone())
+    assert not torch.equal(*rows)
