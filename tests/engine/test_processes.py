@@ -55,7 +55,11 @@ TWO_RANKS = (
         (*TWO_RANKS, {}),
         (*TWO_RANKS, {"use_local_argmax_reduction": True}),
         (*TWO_RANKS, {"draft_vocab": "FILE"}),
-        (*TWO_RANKS, {"draft_vocab": "FILE", "draft_sample_method": "probabilistic"}),
+        pytest.param(
+            *TWO_RANKS,
+            {"draft_vocab": "FILE", "draft_sample_method": "probabilistic"},
+            marks=pytest.mark.slow,  # By default: unit/test_draft_head.py.
+        ),
     ],
     ids=[
         "engine-process",
