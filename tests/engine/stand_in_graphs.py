@@ -60,14 +60,18 @@ class StandInGraph:
     def __init__(self) -> None:
         self.launches: list[_Launch] = []
 
-    def record(self, function: Callable, args: tuple, kwargs: dict, outputs: Any) -> None:
-        context = get_forward_context() if is_forward_context_available() else None
+    def record(
+        self, function: Callable, args: tuple, kwargs: dict, outputs: Any, mutates: bool
+    ) -> None:
         inputs = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
         allocated = [
             tensor
             for tensor in _tensors(outputs)
             if tensor.untyped_storage().data_ptr() not in inputs
         ]
+        if not (allocated or mutates):
+            return  # A view launches nothing.
+        context = get_forward_context() if is_forward_context_available() else None
         self.launches.append(_Launch(function, args, kwargs, outputs, allocated, context))
 
     def replay(self) -> None:
@@ -92,7 +96,7 @@ class _Recorder(TorchDispatchMode):
             raise RuntimeError(f"{func} waits for the device during a graph capture")
         kwargs = kwargs or {}
         outputs = func(*args, **kwargs)
-        self.graph.record(func, args, kwargs, outputs)
+        self.graph.record(func, args, kwargs, outputs, func._schema.is_mutable)
         return outputs
 
 
@@ -109,7 +113,7 @@ def _as_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         with _disable_current_modes():
             outputs = function(*args, **kwargs)
-        _recording[-1].record(function, args, kwargs, outputs)
+        _recording[-1].record(function, args, kwargs, outputs, mutates=True)
         return outputs
 
     return launch
