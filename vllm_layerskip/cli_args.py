@@ -41,6 +41,14 @@ def add_layerskip_args(parser: argparse.ArgumentParser) -> None:
         help="Reuse the drafts' exit states in verification (the default).",
     )
     group.add_argument(
+        "--draft-vocab",
+        metavar="FILE",
+        default=None,
+        help="File of the token ids that drafts may be ('vllm-layerskip draft-vocab' makes "
+        "one), 'none' for the whole vocabulary, or 'auto' (the default) for the file that the "
+        "checkpoint's config.json names, if it names one.",
+    )
+    group.add_argument(
         "--speculative-model",
         dest="spec_model",
         default=None,
@@ -77,6 +85,7 @@ def wrap_from_cli_args(original: Callable) -> Callable:
         engine_args = original(cls, args)
         own = {
             "exit_layer": getattr(args, "exit_layer", None),
+            "draft_vocab": getattr(args, "draft_vocab", None),
             "reuse_exit_states": getattr(args, "reuse_exit_states", None),
         }
         for key, value in own.items():

@@ -11,14 +11,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from vllm.config.speculative import SpeculativeConfig
 from vllm.config.utils import config
+from vllm.transformers_utils.repo_utils import get_hf_file_bytes
 
 from vllm_layerskip import __version__
+from vllm_layerskip.draft_vocab import (
+    REMEDY,
+    DraftVocab,
+    parse_draft_vocab,
+    read_draft_vocab,
+)
 from vllm_layerskip.models import SUPPORTED_ARCHITECTURES
-from vllm_layerskip.options import CONFIG_BLOCK, LayerSkipOptions, resolve_options
+from vllm_layerskip.options import (
+    CONFIG_BLOCK,
+    DraftVocabFile,
+    LayerSkipOptions,
+    resolve_options,
+)
 from vllm_layerskip.triton_interpreter import interpret_mode
 
 WORKER_EXTENSION = "vllm_layerskip.worker_extension.LayerSkipWorkerExtension"
@@ -32,6 +45,8 @@ class LayerSkipConfig(SpeculativeConfig):
     """E: number of layers that draft, 1 <= E < L."""
     reuse_exit_states: bool = True
     """Whether verification starts from the drafts' exit states where the batch allows."""
+    draft_vocab: DraftVocab | None = None
+    """The token ids that drafts may be; None for all."""
 
     def __post_init__(self) -> None:
         # vLLM's own __post_init__ would load a second model config from `model`.
@@ -58,15 +73,18 @@ class LayerSkipConfig(SpeculativeConfig):
         return 0
 
     def compute_hash(self) -> str:
-        """vLLM's factors and ours: both stages are compiled for one E."""
-        own = (self.exit_layer, self.num_speculative_tokens, self.reuse_exit_states)
+        """vLLM's factors and ours: both stages are compiled for one E, the head for one D."""
+        draft_vocab = self.draft_vocab and self.draft_vocab.digest
+        own = (self.exit_layer, self.num_speculative_tokens, self.reuse_exit_states, draft_vocab)
         return f"{super().compute_hash()}-layerskip-{__version__}-{own}"
 
     def __repr__(self) -> str:
+        num_draft_ids = None if self.draft_vocab is None else len(self.draft_vocab)
         return (
             f"LayerSkipConfig(exit_layer={self.exit_layer}, "
             f"num_speculative_tokens={self.num_speculative_tokens}, "
-            f"reuse_exit_states={self.reuse_exit_states})"
+            f"reuse_exit_states={self.reuse_exit_states}, "
+            f"draft_vocab={num_draft_ids and f'{num_draft_ids} token ids'})"
         )
 
 
@@ -96,8 +114,26 @@ def build_config(
         exit_layer=options.exit_layer,
         num_speculative_tokens=options.num_speculative_tokens,
         reuse_exit_states=options.reuse_exit_states,
+        draft_vocab=_read_draft_vocab(options.draft_vocab, target_model_config),
         **options.vllm_options,
     )
+
+
+def _read_draft_vocab(file: DraftVocabFile | None, model_config: Any) -> DraftVocab | None:
+    if file is None:
+        return None
+    vocab_size = model_config.get_vocab_size()
+    if not file.in_checkpoint:
+        return read_draft_vocab(Path(file.path).expanduser(), file.source, vocab_size)
+    folder = Path(model_config.model)
+    if folder.is_dir():
+        return read_draft_vocab(folder / file.path, file.source, vocab_size)
+    content = get_hf_file_bytes(file.path, model_config.model, model_config.revision)
+    if content is None:
+        raise ValueError(
+            f"{file.source}: the checkpoint {model_config.model!r} has no such file. {REMEDY}"
+        )
+    return parse_draft_vocab(content, file.source, vocab_size)
 
 
 def _check_model(model_config: Any) -> None:

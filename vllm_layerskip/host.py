@@ -46,6 +46,7 @@ _MODEL_STATE = "vllm.v1.worker.gpu.model_states.default:DefaultModelState"
 _GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
 _DRAFT_GRAPHS = "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils"
 _CONFIG = "vllm.config.speculative:SpeculativeConfig"
+_LM_HEAD = "vllm.model_executor.layers.vocab_parallel_embedding"
 _ENGINE_ARGS = "vllm.engine.arg_utils:EngineArgs"
 
 CONTACTS: tuple[HostContact, ...] = (
@@ -163,6 +164,67 @@ CONTACTS: tuple[HostContact, ...] = (
         "called: attention metadata of the next pass, inside of the draft graph",
     ),
     HostContact(f"{_SPECULATOR}._validate_local_argmax_reduction", ("self",), "called"),
+    HostContact(
+        f"{_SPECULATOR}.compute_draft_logits",
+        ("self", "hidden_states", "spec_step_idx"),
+        "overridden: the draft head's",
+    ),
+    HostContact(
+        f"{_SPECULATOR}.get_draft_top_tokens",
+        ("self", "hidden_states", "spec_step_idx"),
+        "overridden: the draft head's",
+    ),
+    # Draft head.
+    HostContact(
+        f"{_LM_HEAD}:ParallelLMHead.__init__",
+        (
+            "self",
+            "num_embeddings",
+            "embedding_dim",
+            "bias",
+            "params_dtype",
+            "padding_size",
+            "disable_tp",
+        ),
+        "called: holds the rows of the draft vocabulary",
+    ),
+    HostContact(
+        f"{_LM_HEAD}:VocabParallelEmbeddingShardIndices.__init__",
+        ("self", "org_vocab_start_index", "org_vocab_end_index"),
+        "read: which rows a rank holds",
+    ),
+    HostContact(f"{_LM_HEAD}:DEFAULT_VOCAB_PADDING_SIZE", (), "read"),
+    HostContact(
+        f"{_LM_HEAD}:UnquantizedEmbeddingMethod.process_weights_after_loading",
+        ("self", "layer"),
+        "called after the rows are copied",
+    ),
+    HostContact(
+        "vllm.model_executor.layers.linear:UnquantizedLinearMethod",
+        (),
+        "also keeps a plain LM head",
+    ),
+    HostContact(
+        "vllm.model_executor.layers.logits_processor:LogitsProcessor.get_top_tokens",
+        ("self", "lm_head", "hidden_states", "embedding_bias"),
+        "called; a copy of the processor gets another vocab_size and org_vocab_size",
+    ),
+    HostContact(
+        "vllm.model_executor.models.llama:LlamaForCausalLM.compute_logits",
+        ("self", "hidden_states"),
+        "called with lm_head and logits_processor replaced",
+    ),
+    HostContact(
+        "vllm.model_executor.models.llama:LlamaForCausalLM.load_weights",
+        ("self", "weights"),
+        "extended: counts",
+    ),
+    HostContact("vllm.distributed:tensor_model_parallel_all_reduce", ("input_",), "called"),
+    HostContact(
+        "vllm.transformers_utils.repo_utils:get_hf_file_bytes",
+        ("file_name", "model", "revision"),
+        "called: a draft vocabulary in a checkpoint that is no folder",
+    ),
     # CUDA graphs.
     HostContact(
         f"{_DRAFT_GRAPHS}:SpeculatorCudaGraphManager.__init__",

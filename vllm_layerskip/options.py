@@ -7,15 +7,18 @@ request and in the checkpoint's ``config.json`` is found here, before anything i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 METHOD = "layerskip"
 SELF = "[self]"
 AUTO = "auto"
+NONE = "none"
 
-OWN_KEYS = frozenset({"exit_layer", "reuse_exit_states"})
+OWN_KEYS = frozenset({"draft_vocab", "exit_layer", "reuse_exit_states"})
 """Keys that vLLM does not know."""
 
 VLLM_KEYS = frozenset(
@@ -35,11 +38,28 @@ VALID_KEYS = frozenset({"method", "model", "num_speculative_tokens"}) | OWN_KEYS
 CONFIG_BLOCK = "layerskip"
 """Name of the block in a checkpoint's ``config.json`` that ``"auto"`` reads."""
 
+_REQUEST = "speculative_config"
+
 _SET_BLOCK = (
     'or add {"layerskip": {"exit_layer": E, "num_speculative_tokens": K}} to the '
     "checkpoint's config.json (on the command line: "
     '--hf-overrides \'{"layerskip": {"exit_layer": E, "num_speculative_tokens": K}}\').'
 )
+
+
+@dataclass(frozen=True)
+class DraftVocabFile:
+    """Where the draft vocabulary's token ids are."""
+
+    path: str
+    in_checkpoint: bool
+    """Whether ``path`` is relative to the checkpoint's folder; the working directory else."""
+
+    @property
+    def source(self) -> str:
+        """What named the file, for messages."""
+        where = f"config.json, '{CONFIG_BLOCK}' block" if self.in_checkpoint else _REQUEST
+        return f"{where}: draft_vocab={self.path!r}"
 
 
 @dataclass(frozen=True)
@@ -53,6 +73,8 @@ class LayerSkipOptions:
     exit_layer: int
     num_speculative_tokens: int
     reuse_exit_states: bool
+    draft_vocab: DraftVocabFile | None
+    """None: drafts come from the whole vocabulary."""
     vllm_options: Mapping[str, Any]
 
 
@@ -119,6 +141,7 @@ def resolve_options(
             request.get("num_speculative_tokens"), block
         ),
         reuse_exit_states=reuse,
+        draft_vocab=_resolve_draft_vocab(request.get("draft_vocab", AUTO), block),
         vllm_options={key: request[key] for key in sorted(VLLM_KEYS & request.keys())},
     )
 
@@ -191,3 +214,33 @@ def _resolve_num_speculative_tokens(value: object, block: Mapping[str, Any]) -> 
             f"{source}: num_speculative_tokens={value!r} must be an integer of at least 1."
         )
     return value
+
+
+def _resolve_draft_vocab(value: object, block: Mapping[str, Any]) -> DraftVocabFile | None:
+    if value == NONE:
+        return None
+    if value == AUTO or value is None:
+        return _draft_vocab_of_checkpoint(block.get("draft_vocab"))
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise ValueError(
+            f"{_REQUEST}: draft_vocab={value!r} must be the path of a file of token ids, "
+            f"'{AUTO}' (the checkpoint's, if it names one) or '{NONE}' (the whole vocabulary)."
+        )
+    return DraftVocabFile(os.fspath(value), in_checkpoint=False)
+
+
+def _draft_vocab_of_checkpoint(value: object) -> DraftVocabFile | None:
+    if value is None:
+        return None
+    if (
+        not isinstance(value, str)
+        or not value
+        or PurePosixPath(value).is_absolute()
+        or ".." in PurePosixPath(value).parts
+    ):
+        raise ValueError(
+            f"config.json, '{CONFIG_BLOCK}' block: draft_vocab={value!r} must be the path of a "
+            "file inside of the checkpoint's folder, relative to it. Correct it, or set "
+            f"draft_vocab='{NONE}' (--draft-vocab {NONE})."
+        )
+    return DraftVocabFile(value, in_checkpoint=True)

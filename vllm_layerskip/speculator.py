@@ -49,6 +49,7 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_layerskip import __version__, host
 from vllm_layerskip.config import LayerSkipConfig
 from vllm_layerskip.draft_graphs import DraftCudaGraphManager
+from vllm_layerskip.draft_head import DraftHead
 from vllm_layerskip.draft_inputs import advance, prepare_first_pass
 from vllm_layerskip.exit_states import ExitStates
 from vllm_layerskip.models.stages import early_attn_layer_names
@@ -87,6 +88,21 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         attn_layer_names = set(get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase))
         self.model = self.load_draft_model(target_model, attn_layer_names)
         self._validate_local_argmax_reduction()
+        self.draft_head = self._make_draft_head()
+
+    def _make_draft_head(self) -> DraftHead | None:
+        draft_vocab = self.speculative_config.draft_vocab
+        if draft_vocab is None:
+            return None
+        # The argmax is mapped to token ids there; only a sampled draft needs logits.
+        self.use_local_argmax_reduction = self.draft_logits is None
+        return DraftHead(self.model, draft_vocab, self.draft_logits)
+
+    def compute_draft_logits(self, hidden_states: torch.Tensor, spec_step_idx: int) -> torch.Tensor:
+        return (self.draft_head or self.model).compute_logits(hidden_states)
+
+    def get_draft_top_tokens(self, hidden_states: torch.Tensor, spec_step_idx: int) -> torch.Tensor:
+        return (self.draft_head or self.model).get_top_tokens(hidden_states)
 
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
@@ -182,6 +198,8 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             # The target's own cache needs no catching up; the runner blanks the drafts.
             return self.draft_tokens[:num_reqs]
 
+        if self.draft_head is not None:
+            self.draft_head.refresh()
         max_seq_len = int(input_batch.seq_lens_cpu_upper_bound[:num_reqs].max())
         self.draft_max_seq_len = min(max_seq_len + num_speculative_tokens, self.max_model_len)
         self._copy_request_inputs(

@@ -7,6 +7,7 @@ and compiled stages: ``python -m pytest tests/engine/test_cuda_graphs.py``.
 """
 
 import contextlib
+import json
 from collections import Counter
 
 import pytest
@@ -169,10 +170,16 @@ def test_a_schedule_has_a_graph_per_number_of_drafts_and_none_for_no_drafts(
             assert engine.num_replays["draft"] > 0
 
 
-def test_seeded_samples_are_those_of_an_engine_without_graphs(graphs, pool, checkpoint, prompts):
+@pytest.mark.parametrize("draft_vocab", [False, True], ids=["all", "draft-vocab"])
+def test_seeded_samples_are_those_of_an_engine_without_graphs(
+    graphs, pool, checkpoint, prompts, tmp_path, draft_vocab
+):
     from vllm import SamplingParams
 
     spec = {"draft_sample_method": "probabilistic"}
+    if draft_vocab:
+        (tmp_path / "ids").write_text(json.dumps(list(range(0, 1024, 2))))
+        spec["draft_vocab"] = str(tmp_path / "ids")
     params = [
         SamplingParams(temperature=0.8, seed=seed, max_tokens=12, ignore_eos=True)
         for seed in range(3)

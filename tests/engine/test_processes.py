@@ -24,7 +24,6 @@ def generate(checkpoint, prompts, environment, **engine):
         "engine": {
             **ENGINE_DEFAULTS,
             "model": str(checkpoint),
-            "speculative_config": {"method": "layerskip", "exit_layer": 3},
             **engine,
         },
         "prompts": prompts,
@@ -43,19 +42,41 @@ def generate(checkpoint, prompts, environment, **engine):
     return json.loads(lines[0].removeprefix("RESULT "))
 
 
+TWO_RANKS = (
+    {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CPU_KVCACHE_SPACE": "1"},
+    {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"},
+)
+
+
 @pytest.mark.parametrize(
-    ("name", "environment", "engine"),
+    ("environment", "engine", "spec"),
     [
-        ("engine process", {}, {}),
-        (
-            "two tensor-parallel ranks",
-            {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CPU_KVCACHE_SPACE": "1"},
-            {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"},
+        ({}, {}, {}),
+        (*TWO_RANKS, {}),
+        (*TWO_RANKS, {"use_local_argmax_reduction": True}),
+        (*TWO_RANKS, {"draft_vocab": "FILE"}),
+        pytest.param(
+            *TWO_RANKS,
+            {"draft_vocab": "FILE", "draft_sample_method": "probabilistic"},
+            marks=pytest.mark.slow,  # By default: unit/test_draft_head.py.
         ),
     ],
-    ids=["engine-process", "two-ranks"],
+    ids=[
+        "engine-process",
+        "two-ranks",
+        "two-ranks-local-argmax",
+        "two-ranks-draft-vocab",
+        "two-ranks-draft-vocab-probabilistic",
+    ],
 )
-def test_tokens_equal_plain_decoding(pool, checkpoint, prompts, name, environment, engine):
+def test_tokens_equal_plain_decoding(
+    pool, checkpoint, prompts, tmp_path, environment, engine, spec
+):
+    if "draft_vocab" in spec:
+        # Odd ids, on both ranks' shards of the LM head: some drafts fail for lack of a token.
+        (tmp_path / "ids").write_text(json.dumps(list(range(1, 1024, 2))))
+        spec = {**spec, "draft_vocab": str(tmp_path / "ids")}
+    engine = {"speculative_config": {"method": "layerskip", "exit_layer": 3, **spec}, **engine}
     expected = pool.get(checkpoint).greedy(prompts[:4], max_tokens=MAX_TOKENS)
     result = generate(checkpoint, prompts[:4], environment, **engine)
     assert result["tokens"] == expected

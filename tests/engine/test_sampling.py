@@ -76,6 +76,7 @@ def assert_drawn_from(samples: np.ndarray, distribution: np.ndarray) -> None:
 SPECS = {
     "greedy": {"draft_sample_method": "greedy"},
     "probabilistic": {"draft_sample_method": "probabilistic"},
+    "draft-vocab": {"draft_sample_method": "probabilistic", "draft_vocab": "FILE"},
     "block": {"draft_sample_method": "probabilistic", "rejection_sample_method": "block"},
 }
 
@@ -105,8 +106,12 @@ def test_distribution_is_the_targets(pool, sampling_model, method):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("method", SPECS)
-def test_distribution_is_the_targets_with_many_samples(pool, sampling_model, method):
-    check_distribution(pool, sampling_model, SPECS[method], 10 * NUM_SAMPLES)
+def test_distribution_is_the_targets_with_many_samples(pool, sampling_model, tmp_path, method):
+    spec = dict(SPECS[method])
+    if "draft_vocab" in spec:  # Its exactness by default: unit/test_draft_vocab_sampling.py.
+        (tmp_path / "ids").write_text("1\n3\n4\n")
+        spec["draft_vocab"] = str(tmp_path / "ids")
+    check_distribution(pool, sampling_model, spec, 10 * NUM_SAMPLES)
 
 
 def test_same_seeds_give_same_tokens(pool, checkpoint, prompts):

@@ -85,6 +85,11 @@ COMMAND_LINES = [
         "--spec-model [self] --reuse-exit-states --exit-layer 1",
         (None, "[self]", None, {"exit_layer": 1, "reuse_exit_states": True}),
     ),
+    (
+        "--spec-model [self] --draft-vocab ids.json --exit-layer 2",
+        (None, "[self]", None, {"draft_vocab": "ids.json", "exit_layer": 2}),
+    ),
+    ("--spec-model [self] --draft-vocab none", (None, "[self]", None, {"draft_vocab": "none"})),
     ("--spec-method layerskip --spec-tokens 5", ("layerskip", None, 5, None)),
     ("--spec-method ngram --spec-tokens 3", ("ngram", None, 3, None)),
     (
@@ -117,6 +122,7 @@ def test_flags_reach_engine_args(parse, command_line, expected):
         ("--exit-layer=auto", {"exit_layer": 2}),
         ("--no-reuse-exit-states", {"reuse_exit_states": True}),
         ("--reuse-exit-states", {"reuse-exit-states": False}),
+        ("--draft-vocab=ids.json", {"draft-vocab": "other.json"}),
     ],
 )
 def test_an_option_given_both_ways_is_an_error(parse, flag, config):

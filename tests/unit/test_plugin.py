@@ -13,7 +13,9 @@ from vllm_layerskip import host, plugin
 
 FREE_OF_VLLM = (
     "vllm_layerskip",
+    "vllm_layerskip.cli",
     "vllm_layerskip.cli_args",
+    "vllm_layerskip.draft_vocab",
     "vllm_layerskip.host",
     "vllm_layerskip.models",
     "vllm_layerskip.options",

@@ -28,6 +28,7 @@ from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_layerskip.config import LayerSkipConfig
+from vllm_layerskip.draft_head import ExitHead
 from vllm_layerskip.verify_plan import VerifyPlan, current_verify_plan
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class LateStage(nn.Module):
         return hidden_states  # [T, H]
 
 
-class LayerSkipForCausalLM(nn.Module):
+class LayerSkipForCausalLM(ExitHead, nn.Module):
     """Mixin before a ``*ForCausalLM`` of vLLM: its forward in two stages."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:

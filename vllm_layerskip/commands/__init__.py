@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Subcommands of ``vllm-layerskip``, one module each."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class UserError(Exception):
+    """A mistake that its user can correct; the message says how."""
+
+
+class Command(NamedTuple):
+    name: str
+    module: str
+    """With ``add_arguments(parser)`` and ``run(args)``; its docstring is the command's help."""
+    summary: str
+
+
+COMMANDS: tuple[Command, ...] = (
+    Command(
+        "draft-vocab",
+        "vllm_layerskip.commands.draft_vocab",
+        "Choose the token ids that drafts may be, from the texts that a model writes.",
+    ),
+)
