@@ -105,13 +105,3 @@ def write_draft_vocab(draft_vocab: str, vocab_size: int, folder: Path) -> str:
     path = folder / f"draft_vocab_{size}.json"
     path.write_text(json.dumps(list(range(size))), encoding="utf-8")
     return str(path)
-
-
-def draft_vocab_size(draft_vocab: str | None) -> int | None:
-    """How many ids a draft vocabulary (size, JSON array, or one id a line) holds."""
-    if draft_vocab is None:
-        return None
-    if draft_vocab.isdecimal():
-        return int(draft_vocab)
-    text = Path(draft_vocab).read_text(encoding="utf-8")
-    return len(json.loads(text)) if text.lstrip().startswith("[") else len(text.split())

@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from modes import Speculation, draft_vocab_size
+from modes import Speculation
 from presets import PRESETS, length_for
 from shapes import SHAPES, Shape
+
+from vllm_layerskip.draft_vocab import read_draft_vocab
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,14 @@ class Settings:
 
     @property
     def num_draft_vocab_ids(self) -> int | None:
-        return draft_vocab_size(self.draft_vocab)
+        """How many ids the draft vocabulary, a size or a file, has."""
+        if self.draft_vocab is None:
+            return None
+        if self.draft_vocab.isdecimal():
+            return int(self.draft_vocab)
+        source = f"--draft-vocab={self.draft_vocab}"
+        vocab_size = self.model_shape().vocab_size
+        return len(read_draft_vocab(Path(self.draft_vocab), source, vocab_size))
 
 
 _JSON_OPTIONS = ("schedule", "engine_args")

@@ -30,7 +30,7 @@ import serve_bench  # noqa: E402
 import summary  # noqa: E402
 from cut_checkpoint import write_cut_checkpoint  # noqa: E402
 from engine_arguments import command_line_flags, engine_arguments  # noqa: E402
-from modes import VLLM_MODES, Speculation, draft_vocab_size, speculative_config  # noqa: E402
+from modes import VLLM_MODES, Speculation, speculative_config  # noqa: E402
 from roofline import BYTES_ONLY, Decoding, Roofline, scheduled_drafts  # noqa: E402
 from settings import Settings, add_arguments, settings_from  # noqa: E402
 from shapes import SHAPES, Shape  # noqa: E402
@@ -215,7 +215,8 @@ class TestModes:
         assert json.loads(Path(config["draft_vocab"]).read_text()) == list(range(100))
         lines = tmp_path / "ids.txt"
         lines.write_text("5\n7\n")
-        assert [draft_vocab_size(str(lines)), draft_vocab_size("100")] == [2, 100]
+        assert settings.num_draft_vocab_ids == 100
+        assert replace(settings, draft_vocab=str(lines)).num_draft_vocab_ids == 2
         with pytest.raises(ValueError, match="--draft-vocab=9999 must be from 1 to 2048"):
             engine_arguments(replace(settings, draft_vocab="9999"), "layerskip", tmp_path)
 
