@@ -1,73 +1,133 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure several modes and batch sizes, each in a process of its own, and make a table.
+"""Measure the modes of one table, each in a process of its own, and print it.
 
-    python benchmarks/compare.py --shape llama-2-7b --exit-layer 8 --num-speculative-tokens 12 \\
-        --synthetic-acceptance-length 9.27 --batch-sizes 1 4 16 32 --output results/7b.json
+    python benchmarks/compare.py --preset 7b-cnndm --batch-sizes 1 4 16 32 \\
+        --output benchmarks/results/7b-cnndm.json
 
-`--device cpu --tiny` rehearses the same path on a CPU in a few seconds; its speeds mean nothing.
-The limit column is the speed-up by bytes read at batch size 1, where decoding is bound by them:
-acceptance length * full / (K * (early + head) + full), in bytes of weights.
+    python benchmarks/compare.py --device cpu --tiny        # the same path, as a rehearsal
+
+Every cell is in the file as soon as it is measured. ``--resume`` goes on with a file; what it has
+is not measured again. A mode that fails leaves its error in the file and the others run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from measure import MODES, SHAPES, add_arguments
+from engine_arguments import empty_caches
+from modes import MODES, TRANSFORMERS_MODES
+from processes import log_tail, logged_process
+from provenance import COMMAND_VARIABLE, command_line, provenance
+from results import Record, add_record, load_records
 from rich.console import Console
-from rich.table import Table
+from settings import Settings, add_arguments, settings_from
+from summary import baseline_settings, describe, rich_table, rows
+
+DEFAULT_MODES = ("plain", "layerskip", "layerskip-no-reuse", "draft-model")
+MEASURE = Path(__file__).with_name("measure.py")
+STOP_MARGIN_S = 15.0
+"""A mode stops on its own this long before it would be killed."""
 
 
-def byte_limit(shape: dict[str, int], exit_layer: int, num_drafts: int, length: float) -> float:
-    """Upper bound of the speed-up at batch size 1 (docs/design.md, "What it costs")."""
-    head_size = shape["h"] // shape["a"]
-    attention = shape["h"] * head_size * (2 * shape["a"] + 2 * shape["k"])
-    layer = attention + 3 * shape["h"] * shape["i"]
-    head = shape["h"] * shape["v"]
-    full = shape["l"] * layer + head
-    return length * full / (num_drafts * (exit_layer * layer + head) + full)
+@dataclass(frozen=True)
+class Run:
+    """One process: a mode, and the settings with its K."""
+
+    mode: str
+    settings: Settings
+
+    @property
+    def name(self) -> str:
+        return f"{self.mode}-k{self.settings.num_speculative_tokens}"
 
 
-def measure(mode: str, batch_size: int, argv: list[str]) -> dict[str, Any]:
-    command = [sys.executable, str(Path(__file__).with_name("measure.py")), "--mode", mode]
-    command += ["--batch-size", str(batch_size), *argv]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [line for line in process.stdout.splitlines() if line.startswith("RECORD ")]
-    if not lines:
-        return {"mode": mode, "batch_size": batch_size, "error": process.stderr[-2000:]}
-    return json.loads(lines[0].removeprefix("RECORD "))
+def plan(modes: list[str], settings: Settings, num_drafts: list[int]) -> list[Run]:
+    """The runs of a table: modes without drafts once, the others once for each K."""
+    runs = []
+    for mode in modes:
+        drafts = mode not in ("plain", "early-exit", "transformers")
+        for k in num_drafts if drafts else num_drafts[:1]:
+            runs.append(Run(mode, settings.with_num_speculative_tokens(k)))
+    return runs
 
 
-def table(records: list[dict[str, Any]], limit: float | None) -> Table:
-    result = Table(title="Decoding, tokens/s")
-    for column in ("batch", "mode", "tok/s", "x plain", "limit", "acceptance", "reused / steps"):
-        result.add_column(column, justify="right")
-    plain = {r["batch_size"]: r for r in records if r["mode"] == "plain" and "error" not in r}
+def run_mode(run: Run, output: Path, log: Path, deadline: float | None, fresh_cache: bool) -> None:
+    """Run a mode's process to its end; whatever comes of it is in ``output``.
+
+    Args:
+        deadline: on ``time.monotonic``.
+        fresh_cache: start with empty compile caches, so that starts compare.
+    """
+    time_left = None if deadline is None else deadline - time.monotonic()
+    if time_left is not None and time_left < 2 * STOP_MARGIN_S:
+        add_record(output, _mode_record(run, "no-time", reason="the table's time limit"))
+        return
+    command = [sys.executable, str(MEASURE), "--mode", run.mode]
+    command += [*run.settings.to_argv(), "--output", str(output)]
+    if time_left is not None:
+        command += ["--time-limit", str(time_left - STOP_MARGIN_S)]
+    environment = {COMMAND_VARIABLE: command_line()}
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        logged_process(
+            command, log, environment | (empty_caches(Path(cache)) if fresh_cache else {})
+        ) as process,
+    ):
+        in_time = _wait(process, output, run, time_left)
+    if not in_time:
+        add_record(output, _mode_record(run, "no-time", reason="killed at the time limit"))
+    elif process.returncode != 0:
+        reason = f"exit status {process.returncode}"
+        add_record(output, _mode_record(run, "error", reason=reason, error=log_tail(log)))
+
+
+def _wait(
+    process: subprocess.Popen[bytes], output: Path, run: Run, time_left: float | None
+) -> bool:
+    """Print records as they come until the process ends; False if time ran out before."""
+    start, seen = time.monotonic(), load_records(output)
+    while True:
+        running = process.poll() is None
+        records = load_records(output)
+        for record in records:
+            if record not in seen:
+                print(f"{run.name}: {describe(record)}", flush=True)
+        seen = records
+        if not running:
+            return True
+        if time_left is not None and time.monotonic() - start > time_left:
+            return False
+        time.sleep(0.5)
+
+
+def _mode_record(run: Run, status: str, **facts: str) -> Record:
+    return {
+        "kind": "decode",
+        "mode": run.mode,
+        "settings": run.settings.identity(),
+        "provenance": provenance(),
+        "status": status,
+        **facts,
+    }
+
+
+def current(records: list[Record], runs: list[Run]) -> Iterator[Record]:
+    """Records of this table, with the baseline that an earlier one left in the file."""
+    known = [(run.mode, run.settings.identity()) for run in runs]
+    baseline = baseline_settings(runs[0].settings.identity())
     for record in records:
-        if "error" in record:
-            last = (record["error"].strip().splitlines() or ["no output"])[-1]
-            result.add_row(str(record["batch_size"]), record["mode"], "failed", last[:60])
-            continue
-        base = plain.get(record["batch_size"])
-        speed = record["decode_tokens_per_s"]
-        ratio = f"{speed / base['decode_tokens_per_s']:.2f}" if base else ""
-        reused = record.get("num_verify_steps_reused")
-        is_ours = reused is not None
-        result.add_row(
-            str(record["batch_size"]),
-            record["mode"],
-            f"{speed:.1f}",
-            ratio,
-            f"{limit:.2f}" if limit and is_ours and record["batch_size"] == 1 else "",
-            f"{record['acceptance_length']:.2f}" if is_ours else "",
-            f"{reused} / {reused + record['num_verify_steps_full']}" if is_ours else "",
+        is_baseline = (
+            record["mode"] == "plain" and baseline_settings(record["settings"]) == baseline
         )
-    return result
+        if is_baseline or (record["mode"], record["settings"]) in known:
+            yield record
 
 
 def main() -> None:
@@ -75,41 +135,38 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser)
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES[:3]))
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4, 16, 32])
-    parser.add_argument("--tiny", action="store_true", help="A rehearsal: tiny shape, few tokens.")
-    parser.add_argument("--output", type=Path, help="JSON file for all records.")
+    parser.add_argument("--num-speculative-tokens", nargs="+", type=int, help="K, or several.")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(DEFAULT_MODES))
+    parser.add_argument("--bandwidth", type=float, help="TB/s of the GPU, for the limits.")
+    parser.add_argument("--time-limit", type=float, help="Seconds for the whole table.")
+    parser.add_argument(
+        "--fresh-cache",
+        action="store_true",
+        help="Give each process empty compile caches: fair start times, slower starts.",
+    )
+    parser.add_argument("--output", type=Path, help="Result file.")
+    parser.add_argument("--resume", action="store_true", help="Go on with --output.")
     args = parser.parse_args()
-    if args.tiny:
-        args.shape, args.prompt_len, args.output_len, args.repeats = "tiny", 16, 12, 1
-        args.exit_layer, args.batch_sizes = 2, [1, 2]
-        args.dtype, args.enforce_eager = "float32", True
-
-    shared = ["exit_layer", "num_speculative_tokens", "synthetic_acceptance_length", "prompt_len"]
-    shared += ["output_len", "repeats", "dtype", "device", "model", "shape"]
-    argv = ["--enforce-eager"] if args.enforce_eager else []
-    for name in shared:
-        value = getattr(args, name)
-        if value is not None:
-            argv += [f"--{name.replace('_', '-')}", str(value)]
-
-    records = [
-        measure(mode, batch_size, argv) for batch_size in args.batch_sizes for mode in args.modes
-    ]
-    limit = None
-    if args.model is None and args.synthetic_acceptance_length is not None:
-        limit = byte_limit(
-            SHAPES[args.shape],
-            args.exit_layer,
-            args.num_speculative_tokens,
-            args.synthetic_acceptance_length,
-        )
-    Console(width=110).print(table(records, limit))
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        content = {"command": sys.argv, "byte_limit": limit, "records": records}
-        args.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    if any("error" in record for record in records):
+    several = args.num_speculative_tokens
+    args.num_speculative_tokens = several[0] if several else None
+    try:
+        settings = settings_from(args)
+    except ValueError as error:
+        parser.error(str(error))
+    if settings.model is None and set(args.modes) & set(TRANSFORMERS_MODES):
+        parser.error("--modes transformers… needs --model: it verifies drafts for real.")
+    if args.output is not None and args.output.exists() and not args.resume:
+        parser.error(f"--output={args.output} exists. Add --resume, or choose another file.")
+    runs = plan(args.modes, settings, several or [settings.num_speculative_tokens])
+    deadline = None if args.time_limit is None else time.monotonic() + args.time_limit
+    with tempfile.TemporaryDirectory() as scratch:
+        output = args.output or Path(scratch) / "results.json"
+        logs = output.with_suffix(".logs")
+        for run in runs:
+            run_mode(run, output, logs / f"{run.name}.log", deadline, args.fresh_cache)
+        records = list(current(load_records(output), runs))
+    Console(width=150).print(rich_table(rows(records, args.bandwidth)))
+    if any(record["status"] == "error" for record in records):
         sys.exit(1)
 
 

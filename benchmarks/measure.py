@@ -1,175 +1,162 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure one mode in one process and print a JSON record.
+"""Measure one mode in one process: one engine, every prompt length and batch size.
 
-    python benchmarks/measure.py --mode layerskip --shape llama-3-8b --exit-layer 4 \\
-        --num-speculative-tokens 4 --synthetic-acceptance-length 3.0 --batch-size 1
+    python benchmarks/measure.py --mode layerskip --preset 7b-cnndm --batch-sizes 1 32
 
-Shapes run with dummy weights; synthetic acceptance then separates what a step costs from how
-good the drafts are. `--model DIR` measures a real checkpoint and its real acceptance. Only
-decoding is timed: every prompt is prefilled first, and the time to the first token of the last
-request is taken off. `benchmarks/compare.py` runs several modes and makes a table.
+Each cell (prompt length, batch size) goes to ``--output`` when it is done. Only steady decoding
+is timed (``timing.py``): the prompts' K/V come from the prefix cache, which one pass fills
+beforehand. ``benchmarks/compare.py`` runs the modes of a table.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import subprocess
-import sys
+import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+PROCESS_START = time.perf_counter()
 
-MODES = ("plain", "layerskip", "layerskip-no-reuse", "ngram")
+from engine_arguments import (  # noqa: E402
+    FRESH_CACHE_VARIABLE,
+    engine_arguments,
+    prepare_environment,
+)
+from engine_facts import (  # noqa: E402
+    kv_capacity_tokens,
+    speculation_between,
+    speculation_counts,
+    worker_memory,
+)
+from modes import MODES, TRANSFORMERS_MODES  # noqa: E402
+from prompts import make_prompts  # noqa: E402
+from provenance import provenance  # noqa: E402
+from results import add_record, finished_cells, load_records  # noqa: E402
+from settings import Settings, add_arguments, settings_from  # noqa: E402
+from timing import Window, run_steps, steady_window  # noqa: E402
 
-SHAPES: dict[str, dict[str, int]] = {
-    # hidden, intermediate, layers, heads, kv heads, vocabulary (the models' config.json)
-    "llama-2-7b": dict(zip("hilakv", (4096, 11008, 32, 32, 32, 32000), strict=True)),
-    "llama-3-8b": dict(zip("hilakv", (4096, 14336, 32, 32, 8, 128256), strict=True)),
-    "llama-3.2-1b": dict(zip("hilakv", (2048, 8192, 16, 32, 8, 128256), strict=True)),
-    "tiny": dict(zip("hilakv", (64, 128, 8, 2, 2, 512), strict=True)),
-}
+if TYPE_CHECKING:
+    from vllm import LLM
 
-
-def write_shape(name: str, max_model_len: int, folder: Path) -> Path:
-    """A checkpoint folder that holds a config only; weights are dummies."""
-    shape = SHAPES[name]
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": shape["h"],
-        "intermediate_size": shape["i"],
-        "num_hidden_layers": shape["l"],
-        "num_attention_heads": shape["a"],
-        "num_key_value_heads": shape["k"],
-        "vocab_size": shape["v"],
-        "max_position_embeddings": max_model_len,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-        "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder
+Emit = Callable[[dict[str, Any]], None]
+Cell = tuple[int, int]
+"""Prompt length, batch size."""
 
 
-def speculative_config(args: argparse.Namespace) -> dict[str, Any] | None:
-    if args.mode == "plain":
-        return None
-    if args.mode == "ngram":
-        return {
-            "method": "ngram_gpu",
-            "num_speculative_tokens": args.num_speculative_tokens,
-            "prompt_lookup_max": 4,
-            "prompt_lookup_min": 2,
-        }
-    config: dict[str, Any] = {
-        "method": "layerskip",
-        "exit_layer": args.exit_layer,
-        "num_speculative_tokens": args.num_speculative_tokens,
-        "reuse_exit_states": args.mode == "layerskip",
-    }
-    if args.synthetic_acceptance_length is not None:
-        config["rejection_sample_method"] = "synthetic"
-        config["synthetic_acceptance_length"] = args.synthetic_acceptance_length
-    return config
+@dataclass
+class Clock:
+    """Says whether there is time for another cell."""
+
+    limit_s: float | None
+    longest_s: float = 0.0
+
+    def has_time(self) -> bool:
+        """Whether a cell as long as the longest so far still fits."""
+        used_s = time.perf_counter() - PROCESS_START
+        return self.limit_s is None or used_s + self.longest_s < self.limit_s
+
+    def observe(self, seconds: float) -> None:
+        self.longest_s = max(self.longest_s, seconds)
 
 
-def measure(args: argparse.Namespace, model: Path) -> dict[str, Any]:
-    """Decode ``batch_size`` random prompts ``repeats`` times."""
-    import torch
-    from vllm import LLM, SamplingParams
-    from vllm.inputs import TokensPrompt
-
-    dummy = args.model is None
-    max_model_len = args.prompt_len + args.output_len + 1
-    start = time.perf_counter()
-    llm = LLM(
-        str(model),
-        load_format="dummy" if dummy else "auto",
-        skip_tokenizer_init=dummy,
-        dtype=args.dtype,
-        max_model_len=max_model_len,
-        max_num_seqs=args.batch_size,
-        enforce_eager=args.enforce_eager,
-        enable_prefix_caching=False,
-        speculative_config=speculative_config(args),
-        disable_log_stats=False,
-        seed=0,
-        **({"kv_cache_memory_bytes": 256 << 20} if args.device == "cpu" else {}),
-    )
-    start_s = time.perf_counter() - start
-
-    config = llm.llm_engine.vllm_config
-    vocab_size = config.model_config.get_vocab_size()
-    generator = torch.Generator().manual_seed(0)
-    token_ids = torch.randint(
-        3, vocab_size, (args.batch_size, args.prompt_len), generator=generator
-    )
-    prompts = [TokensPrompt(prompt_token_ids=row) for row in token_ids.tolist()]
-
-    def run(max_tokens: int) -> float:
-        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-        begin = time.perf_counter()
-        llm.generate(prompts, params, use_tqdm=False)
-        return time.perf_counter() - begin
-
-    run(min(8, args.output_len))  # Warm-up.
-    prefill_s = [run(1) for _ in range(args.repeats)]
-    total_s = [run(args.output_len) for _ in range(args.repeats)]
-    decode_s = min(total_s) - min(prefill_s)
-    num_tokens = args.batch_size * (args.output_len - 1)
-    record: dict[str, Any] = {
-        "mode": args.mode,
-        "batch_size": args.batch_size,
-        "start_s": round(start_s, 2),
-        "prefill_s": prefill_s,
-        "total_s": total_s,
-        "decode_tokens_per_s": round(num_tokens / decode_s, 2),
-    }
-    if args.mode.startswith("layerskip"):
-        from vllm_layerskip.counters import read_counters
-
-        counters = read_counters(llm)
-        record["acceptance_length"] = round(counters.acceptance_length, 3)
-        record["num_verify_steps_reused"] = counters.num_verify_steps_reused
-        record["num_verify_steps_full"] = counters.num_verify_steps_full
-    return record
+def measure_cell(
+    llm: LLM, settings: Settings, mode: str, prompts: list[list[int]]
+) -> dict[str, Any]:
+    """Warm up, then decode all prompts ``repeats`` times."""
+    num_drafts = settings.num_speculative_tokens
+    run_steps(llm, prompts, min(settings.output_len, 8 + 4 * (num_drafts + 1)))
+    before = speculation_counts(llm, mode)
+    windows = [
+        steady_window(run_steps(llm, prompts, settings.output_len), len(prompts))
+        for _ in range(settings.repeats)
+    ]
+    counts = speculation_between(before, speculation_counts(llm, mode))
+    return summarise(windows) | {"speculation": counts}
 
 
-def provenance(args: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
-    import vllm_layerskip
-    from vllm_layerskip.host import vllm_version
-
-    root = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+def summarise(windows: list[Window]) -> dict[str, Any]:
+    """Medians over the runs, and every run."""
     return {
-        "argv": sys.argv[1:],
-        "arguments": {key: str(value) for key, value in vars(args).items()},
-        "commit": commit or None,
-        "versions": {
-            "vllm": vllm_version(),
-            "vllm-layerskip": vllm_layerskip.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "tokens_per_s": round(statistics.median(w.tokens_per_s for w in windows), 3),
+        "step_ms": round(1e3 * statistics.median(w.seconds / w.num_steps for w in windows), 4),
+        "runs": [
+            asdict(window) | {"tokens_per_s": round(window.tokens_per_s, 3)} for window in windows
+        ],
     }
+
+
+def num_needed_tokens(settings: Settings, prompt_len: int, batch_size: int) -> int:
+    """KV cache slots of a cell: prompts, answers, and the drafts behind them."""
+    return batch_size * (prompt_len + settings.output_len + settings.num_speculative_tokens + 1)
+
+
+def measure_engine(
+    settings: Settings, mode: str, cells: list[Cell], clock: Clock, emit: Emit
+) -> None:
+    """Start the mode's engine and measure the cells."""
+    import_start = time.perf_counter()
+    from vllm import LLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = engine_arguments(settings, mode, Path(folder))
+        start = time.perf_counter()
+        llm = LLM(**arguments)
+        engine: dict[str, Any] = {
+            "fresh_cache": FRESH_CACHE_VARIABLE in os.environ,
+            "import_s": round(start - import_start, 2),
+            "start_s": round(time.perf_counter() - start, 2),
+            "kv_capacity_tokens": kv_capacity_tokens(llm),
+            "memory": llm.collective_rpc(worker_memory)[0],
+            "arguments": {name: arguments[name] for name in arguments.keys() - {"model"}},
+            "prefill_s": {},
+        }
+        room = engine["kv_capacity_tokens"]
+        prompts: list[list[int]] = []
+        for prompt_len, batch_size in cells:
+            emit_cell = _bound_emit(emit, engine, prompt_len, batch_size)
+            need = num_needed_tokens(settings, prompt_len, batch_size)
+            if need > room:
+                emit_cell({"status": "no-room", "reason": f"{need} KV slots of {room}"})
+                continue
+            if not clock.has_time():
+                emit_cell({"status": "no-time", "reason": f"limit of {clock.limit_s} s"})
+                continue
+            begin = time.perf_counter()
+            if not prompts or len(prompts[0]) != prompt_len:
+                prompts, seconds = _fill_prefix_cache(llm, settings, prompt_len, room)
+                engine["prefill_s"][str(prompt_len)] = seconds
+            emit_cell({"status": "ok"} | measure_cell(llm, settings, mode, prompts[:batch_size]))
+            clock.observe(time.perf_counter() - begin)
+
+
+def _fill_prefix_cache(
+    llm: LLM, settings: Settings, prompt_len: int, room: int
+) -> tuple[list[list[int]], float]:
+    """Prompts of the largest batch that fits, with K/V in the cache, and the seconds it took."""
+    fitting = [
+        batch_size
+        for batch_size in settings.batch_sizes
+        if num_needed_tokens(settings, prompt_len, batch_size) <= room
+    ]
+    config = llm.llm_engine.vllm_config.model_config
+    prompts = make_prompts(
+        settings.prompts, max(fitting), prompt_len, config.get_vocab_size(), Path(config.model)
+    )
+    start = time.perf_counter()
+    run_steps(llm, prompts, max_tokens=1)
+    return prompts, round(time.perf_counter() - start, 3)
+
+
+def _bound_emit(emit: Emit, engine: dict[str, Any], prompt_len: int, batch_size: int) -> Emit:
+    def emit_cell(record: dict[str, Any]) -> None:
+        emit({"prompt_len": prompt_len, "batch_size": batch_size, "engine": engine} | record)
+
+    return emit_cell
 
 
 def main() -> None:
@@ -177,32 +164,39 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser)
+    parser.add_argument("--num-speculative-tokens", type=int, help="K")
     parser.add_argument("--mode", choices=MODES, required=True)
+    parser.add_argument("--time-limit", type=float, help="Seconds; no cell is begun beyond.")
+    parser.add_argument("--output", type=Path, required=True, help="Result file; it is added to.")
     args = parser.parse_args()
-    if args.device == "cpu":
-        os.environ.setdefault("TRITON_INTERPRET", "1")
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    with tempfile.TemporaryDirectory() as folder:
-        max_model_len = args.prompt_len + args.output_len + 1
-        model = args.model or write_shape(args.shape, max_model_len, Path(folder))
-        record = measure(args, model) | {"provenance": provenance(args)}
-    print("RECORD " + json.dumps(record), flush=True)
+    try:
+        settings = settings_from(args)
+    except ValueError as error:
+        parser.error(str(error))
+    prepare_environment(settings.device)
+    finished = finished_cells(load_records(args.output), args.mode, settings.identity())
+    cells = [cell for cell in settings.cells() if cell not in finished]
+    common = {
+        "kind": "decode",
+        "mode": args.mode,
+        "settings": settings.identity(),
+        "model_shape": asdict(settings.model_shape()),
+        "num_draft_vocab_ids": settings.num_draft_vocab_ids,
+        "provenance": provenance(),
+    }
 
+    def emit(record: dict[str, Any]) -> None:
+        add_record(args.output, common | record)
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments that measure.py and compare.py share."""
-    parser.add_argument("--model", type=Path, help="A checkpoint; default: --shape with dummies.")
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.2-1b")
-    parser.add_argument("--exit-layer", type=int, default=4)
-    parser.add_argument("--num-speculative-tokens", type=int, default=4)
-    parser.add_argument("--synthetic-acceptance-length", type=float)
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--prompt-len", type=int, default=128)
-    parser.add_argument("--output-len", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--enforce-eager", action="store_true")
+    clock = Clock(args.time_limit)
+    if not cells:
+        print(f"Nothing left to measure: {args.output} has every cell of {args.mode}.")
+    elif args.mode in TRANSFORMERS_MODES:
+        from measure_transformers import measure_transformers
+
+        measure_transformers(settings, args.mode, cells, clock, emit)
+    else:
+        measure_engine(settings, args.mode, cells, clock, emit)
 
 
 if __name__ == "__main__":

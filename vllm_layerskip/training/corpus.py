@@ -3,13 +3,14 @@
 
 Whole modules are held out: their text is never seen in training, neither by the
 tokenizer nor by the model, and prompts for demos and scores come from them alone.
+A larger model may also train on installed packages (``with_packages``).
 """
 
 from __future__ import annotations
 
 import hashlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +95,41 @@ def load_stdlib(root: Path | None = None) -> Corpus:
             "(a zipped or stripped Python has none) or pass another root."
         )
     return Corpus(train, held_out)
+
+
+def with_packages(corpus: Corpus, roots: Sequence[Path], max_bytes: int) -> Corpus:
+    """Add sources of installed packages to the training part, up to ``max_bytes`` in all.
+
+    A file that shares a passage with a held-out module (copies and backports do) stays out.
+    Which files are taken depends on their names alone, and is spread over all packages.
+
+    Args:
+        roots: folders that hold packages, such as ``site-packages``.
+    """
+    held_out = {run for text in corpus.held_out.values() for run in _passages(text)}
+    train = dict(corpus.train)
+    num_bytes = sum(map(len, train.values()))
+    files = {
+        path.relative_to(root).as_posix(): path for root in roots for path in _source_files(root)
+    }
+    for name in sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if num_bytes >= max_bytes:
+            break
+        try:
+            text = files[name].read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if held_out.isdisjoint(_passages(text)):
+            train[f"packages/{name}"] = text
+            num_bytes += len(text)
+    return Corpus(train, corpus.held_out)
+
+
+def _passages(text: str, num_lines: int = 8) -> Iterator[int]:
+    """Hashes of all runs of ``num_lines`` lines, blank ones and indentation aside."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    for start in range(len(lines) - num_lines + 1):
+        yield hash(tuple(lines[start : start + num_lines]))
 
 
 def _source_files(root: Path) -> Iterator[Path]:

@@ -40,7 +40,7 @@ def score_exits(model: nn.Module, windows: torch.Tensor, batch_size: int = 16) -
     """Accuracy and perplexity of every exit on ``windows [B, T]`` of token ids."""
     num_layers = model.config.num_hidden_layers
     correct, nll, count = [0] * num_layers, [0.0] * num_layers, 0
-    for batch in windows.split(batch_size):
+    for batch in windows.to(model.device).split(batch_size):
         with record_exit_states(model) as states:
             model.model(input_ids=batch, use_cache=False)
         labels = batch[:, 1:].flatten()
@@ -68,6 +68,7 @@ def greedy_draft_matches(
         ``[L - 1, B, N]`` booleans: exit ``E = i + 1`` against the greedy continuation
         (which does not stop at the end-of-sequence token).
     """
+    prompts = prompts.to(model.device)
     # No end-of-sequence token: `min_new_tokens` would bar it from being chosen instead.
     generation = GenerationConfig(
         max_new_tokens=num_new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0

@@ -95,6 +95,25 @@ def train_model(
     plan: TrainingPlan, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, output: Path
 ) -> tuple[LlamaForCausalLM, float]:
     """Train one model; returns it (float32, on the CPU) and the seconds spent."""
+    blocks = encode_blocks(plan, tokenizer, corpus.train)
+    trainer = make_trainer(plan, tokenizer, blocks, output)
+    start = time.monotonic()
+    trainer.train()
+    seconds = time.monotonic() - start
+    return trainer.model.cpu(), seconds
+
+
+def encode_blocks(
+    plan: TrainingPlan, tokenizer: PreTrainedTokenizerFast, texts: dict[str, str]
+) -> Dataset:
+    """Texts as training samples of ``seq_len`` token ids."""
+    return _Blocks(_encode(tokenizer, texts), plan.seq_len)
+
+
+def make_trainer(
+    plan: TrainingPlan, tokenizer: PreTrainedTokenizerFast, blocks: Dataset, output: Path
+) -> LayerSkipTrainer:
+    """A freshly initialised model of the plan's shape and its trainer."""
     transformers.set_seed(plan.seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -130,16 +149,7 @@ def train_model(
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    trainer = LayerSkipTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=_Blocks(_encode(tokenizer, corpus.train), plan.seq_len),
-        recipe=plan.recipe,
-    )
-    start = time.monotonic()
-    trainer.train()
-    seconds = time.monotonic() - start
-    return model.cpu(), seconds
+    return LayerSkipTrainer(model=model, args=arguments, train_dataset=blocks, recipe=plan.recipe)
 
 
 def score_model(
@@ -150,9 +160,14 @@ def score_model(
     num_prompts: int = 48,
     prompt_len: int = 128,
     num_new_tokens: int = 192,
+    num_windows: int | None = None,
 ) -> dict[str, object]:
-    """Exit scores and acceptance lengths on held-out modules."""
-    windows = _Blocks(_encode(tokenizer, corpus.held_out), plan.seq_len).blocks
+    """Exit scores and acceptance lengths on held-out modules.
+
+    Args:
+        num_windows: how many windows of ``seq_len`` tokens the exits are scored on; default: all.
+    """
+    windows = _Blocks(_encode(tokenizer, corpus.held_out), plan.seq_len).blocks[:num_windows]
     texts = [text for _, text in held_out_prompts(corpus, 4 * num_prompts, num_lines=40)]
     encoded = [[tokenizer.bos_token_id, *ids][:prompt_len] for ids in tokenizer(texts)["input_ids"]]
     prompts = torch.tensor([ids for ids in encoded if len(ids) == prompt_len][:num_prompts])
@@ -228,13 +243,15 @@ def save_checkpoint(
     output: Path,
 ) -> None:
     """bfloat16 weights, tokenizer, and the block that ``exit_layer="auto"`` reads."""
-    model.config.use_cache = True  # The trainer turns it off.
+    # The trainer turns it off.
+    model.config.use_cache = model.generation_config.use_cache = True
     model.config.layerskip = {
         "exit_layer": plan.exit_layer,
         "num_speculative_tokens": plan.num_speculative_tokens,
         "recipe": plan.recipe.to_dict(),
     }
     stored = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    stored.generation_config = model.generation_config
     stored.load_state_dict(model.state_dict())
     stored.save_pretrained(output)
     tokenizer.save_pretrained(output)

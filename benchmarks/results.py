@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Result files: JSON, written anew after every record, so that a killed run keeps what it has.
+
+A file is ``{"schema": 1, "records": [...]}``. A record is one cell under one ``settings``: a mode
+with a prompt length and a batch size (``"kind": "decode"``) or with a concurrency
+(``"kind": "serve"``). ``status`` says what came of it:
+
+=========  ==================================================================
+ok         measured
+no-room    the KV cache does not hold the batch
+no-time    the time limit came first
+error      the mode's process failed; ``error`` holds the end of its log
+=========  ==================================================================
+
+A record of a whole mode (its engine did not start) names no cell.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+FINISHED = ("ok", "no-room")
+
+Record = dict[str, Any]
+
+
+def load_records(path: Path) -> list[Record]:
+    """Records of a result file; none if there is no file.
+
+    Raises:
+        ValueError: the file is no result file of this schema.
+    """
+    if not path.exists():
+        return []
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise ValueError(f"{path} is no result file of schema {SCHEMA}. Choose another file.")
+    return content["records"]
+
+
+def add_record(path: Path, record: Record) -> None:
+    """Add a record; it takes the place of an unfinished one of the same cell."""
+    records = [
+        other
+        for other in load_records(path)
+        if other["status"] in FINISHED or not _replaces(record, other)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    content = {"schema": SCHEMA, "records": [*records, record]}
+    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def finished_cells(records: Iterable[Record], mode: str, settings: Any) -> set[tuple[Any, ...]]:
+    """Cells that need no second run, as values of ``CELL_NAMES`` that they have."""
+    return {
+        _cell(record)
+        for record in records
+        if record["status"] in FINISHED
+        and record["mode"] == mode
+        and record["settings"] == settings
+    }
+
+
+CELL_NAMES = ("prompt_len", "batch_size", "concurrency")
+
+
+def _cell(record: Record) -> tuple[Any, ...]:
+    return tuple(record[name] for name in CELL_NAMES if name in record)
+
+
+def _replaces(record: Record, other: Record) -> bool:
+    """A cell's record also replaces that of the whole mode's failed start."""
+    same_mode = all(record[name] == other[name] for name in ("kind", "mode", "settings"))
+    return same_mode and _cell(other) in (_cell(record), ())
