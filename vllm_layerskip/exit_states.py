@@ -11,6 +11,9 @@ step of that request reads them. Why nothing stale is ever read:
 * Device writes and reads are ordered by the stream: propose of step t runs before verify
   of step t + 1.
 
+Both directions are one pass over memory: an exit state is copied from the early stage's
+output to its slot, and from its slot to the late stage's input.
+
 Shapes: S request slots, K drafts, H hidden size, R rows of a batch, T tokens.
 """
 
@@ -30,7 +33,6 @@ class ExitStates:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.num_speculative_tokens = num_speculative_tokens
         # [2, S, K, H]: hidden_states and residual.
         self.states = torch.zeros(
             2, max_num_reqs, num_speculative_tokens, hidden_size, dtype=dtype, device=device
@@ -62,68 +64,133 @@ class ExitStates:
 
     def store(
         self,
-        step: int,
+        first_step: int,
         idx_mapping: torch.Tensor,  # [R]; -1 stores nothing
-        hidden_states: torch.Tensor,  # [>= R, H]
-        residual: torch.Tensor,  # [>= R, H]
+        hidden_states: torch.Tensor,  # [>= R * num_tokens_per_req, H]
+        residual: torch.Tensor,  # as hidden_states
+        num_tokens_per_req: int = 1,
+        num_steps: int = 1,
     ) -> None:
+        """Keep the first ``num_steps`` tokens of each row as passes ``first_step``, ..."""
         hidden_size = self.states.shape[-1]
-        _store_kernel[(idx_mapping.shape[0],)](
-            self.states[0, :, step],
-            self.states[1, :, step],
+        _store_kernel[(idx_mapping.shape[0], num_steps)](
+            self.states[0, :, first_step:],
+            self.states[1, :, first_step:],
             self.states.stride(1),
+            self.states.stride(2),
             idx_mapping,
             hidden_states,
             hidden_states.stride(0),
             residual,
             residual.stride(0),
+            num_tokens_per_req,
             hidden_size,
             BLOCK_SIZE=triton.next_power_of_2(hidden_size),
         )
 
-    def state_indices(
-        self,
-        idx_mapping: torch.Tensor,  # [R]
-        num_drafts: int,
-    ) -> torch.Tensor:
-        """``[R * (num_drafts + 1)]`` indices for ``gather``.
-
-        Token j of a row was the input of draft pass j. The last one, the last draft, was
-        never an input; it repeats its neighbour's index and is filled in by the caller.
-        """
-        passes = torch.arange(num_drafts + 1, device=idx_mapping.device).clamp_(max=num_drafts - 1)
-        return (idx_mapping[:, None] * self.num_speculative_tokens + passes).flatten()
-
     def gather(
         self,
-        state_indices: torch.Tensor,  # [T]
+        idx_mapping: torch.Tensor,  # [R]; -1 gives zeros
+        num_drafts: int,
+        last_hidden_states: torch.Tensor,  # [R, H]
+        last_residual: torch.Tensor,  # [R, H]
+        num_tokens: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """New ``[T, H]`` hidden_states and residual."""
-        hidden_states, residual = self.states.flatten(1, 2)
-        return hidden_states[state_indices], residual[state_indices]
+        """New ``[T, H]`` hidden_states and residual for ``num_drafts + 1`` tokens a row.
+
+        Token j of a row was the input of draft pass j; the last one, the last draft, was
+        never an input, and its state is the one that is passed in. T may exceed the rows'
+        tokens by padding, whose states are zero.
+        """
+        hidden_size = self.states.shape[-1]
+        hidden_states = self.states.new_empty(num_tokens, hidden_size)
+        residual = self.states.new_empty(num_tokens, hidden_size)
+        _gather_kernel[(num_tokens,)](
+            hidden_states,
+            residual,
+            hidden_size,
+            self.states[0],
+            self.states[1],
+            self.states.stride(1),
+            self.states.stride(2),
+            idx_mapping,
+            idx_mapping.shape[0],
+            last_hidden_states,
+            last_hidden_states.stride(0),
+            last_residual,
+            last_residual.stride(0),
+            num_drafts,
+            BLOCK_SIZE=triton.next_power_of_2(hidden_size),
+        )
+        return hidden_states, residual
 
 
 @triton.jit
 def _store_kernel(  # type: ignore[no-untyped-def]
-    hidden_states_out_ptr,  # [S, H], one draft step's view
-    residual_out_ptr,  # [S, H]
-    out_stride,
+    hidden_states_out_ptr,  # [S, K, H], from the first step on
+    residual_out_ptr,  # [S, K, H]
+    req_stride,
+    step_stride,
     idx_mapping_ptr,  # [R]
-    hidden_states_ptr,  # [R, H]
+    hidden_states_ptr,  # [R * num_tokens_per_req, H]
     hidden_states_stride,
-    residual_ptr,  # [R, H]
+    residual_ptr,  # [R * num_tokens_per_req, H]
     residual_stride,
+    num_tokens_per_req,
     hidden_size,
     BLOCK_SIZE: tl.constexpr,
 ):
     row = tl.program_id(0)
+    step = tl.program_id(1)
     req_state_idx = tl.load(idx_mapping_ptr + row)
     if req_state_idx < 0:
         return
     block = tl.arange(0, BLOCK_SIZE)
     mask = block < hidden_size
-    out = req_state_idx.to(tl.int64) * out_stride + block
-    hidden_states = tl.load(hidden_states_ptr + row * hidden_states_stride + block, mask=mask)
-    residual = tl.load(residual_ptr + row * residual_stride + block, mask=mask)
+    token = (row * num_tokens_per_req + step).to(tl.int64)
+    out = req_state_idx.to(tl.int64) * req_stride + step * step_stride + block
+    hidden_states = tl.load(hidden_states_ptr + token * hidden_states_stride + block, mask=mask)
+    residual = tl.load(residual_ptr + token * residual_stride + block, mask=mask)
     tl.store(hidden_states_out_ptr + out, hidden_states, mask=mask)
     tl.store(residual_out_ptr + out, residual, mask=mask)
+
+
+@triton.jit
+def _gather_kernel(  # type: ignore[no-untyped-def]
+    hidden_states_out_ptr,  # [T, H]
+    residual_out_ptr,  # [T, H]
+    hidden_size,
+    hidden_states_ptr,  # [S, K, H]
+    residual_ptr,  # [S, K, H]
+    req_stride,
+    step_stride,
+    idx_mapping_ptr,  # [R]
+    num_reqs,
+    last_hidden_states_ptr,  # [R, H]
+    last_hidden_states_stride,
+    last_residual_ptr,  # [R, H]
+    last_residual_stride,
+    num_drafts,
+    BLOCK_SIZE: tl.constexpr,
+):
+    token = tl.program_id(0)
+    row = token // (num_drafts + 1)
+    step = token % (num_drafts + 1)
+    block = tl.arange(0, BLOCK_SIZE)
+    mask = block < hidden_size
+    out = token.to(tl.int64) * hidden_size + block
+    req_state_idx = tl.load(idx_mapping_ptr + row, mask=row < num_reqs, other=-1)
+    if req_state_idx < 0:
+        zero = tl.zeros([BLOCK_SIZE], dtype=hidden_states_out_ptr.dtype.element_ty)
+        tl.store(hidden_states_out_ptr + out, zero, mask=mask)
+        tl.store(residual_out_ptr + out, zero, mask=mask)
+        return
+    if step == num_drafts:
+        hidden_states_ptr = last_hidden_states_ptr + row.to(tl.int64) * last_hidden_states_stride
+        residual_ptr = last_residual_ptr + row.to(tl.int64) * last_residual_stride
+    else:
+        offset = req_state_idx.to(tl.int64) * req_stride + step * step_stride
+        hidden_states_ptr = hidden_states_ptr + offset
+        residual_ptr = residual_ptr + offset
+    tl.store(hidden_states_out_ptr + out, tl.load(hidden_states_ptr + block, mask=mask), mask=mask)
+    tl.store(residual_out_ptr + out, tl.load(residual_ptr + block, mask=mask), mask=mask)

@@ -45,6 +45,8 @@ _GPU = "vllm.v1.worker.gpu"
 _REJECTION = f"{_GPU}.spec_decode.rejection_sampler_utils"
 _SPECULATOR = "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator"
 _MODEL_STATE = "vllm.v1.worker.gpu.model_states.default:DefaultModelState"
+_GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
+_DRAFT_GRAPHS = "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils"
 _CONFIG = "vllm.config.speculative:SpeculativeConfig"
 _ENGINE_ARGS = "vllm.engine.arg_utils:EngineArgs"
 
@@ -157,7 +159,74 @@ CONTACTS: tuple[HostContact, ...] = (
         ),
         "called: attention metadata of a draft pass",
     ),
+    HostContact(
+        f"{_SPECULATOR}._update_draft_decode_metadata",
+        ("self", "attn_metadata", "num_reqs"),
+        "called: attention metadata of the next pass, inside of the draft graph",
+    ),
     HostContact(f"{_SPECULATOR}._validate_local_argmax_reduction", ("self",), "called"),
+    # CUDA graphs.
+    HostContact(
+        f"{_DRAFT_GRAPHS}:SpeculatorCudaGraphManager.__init__",
+        ("self", "vllm_config", "device", "cudagraph_mode", "decode_query_len"),
+        "extended: _capture_descs gets the numbers of drafts in use",
+    ),
+    HostContact(
+        f"{_DRAFT_GRAPHS}:SpeculatorCudaGraphManager.capture",
+        (
+            "self",
+            "forward_fn",
+            "model_state",
+            "input_buffers",
+            "block_tables",
+            "attn_groups",
+            "kv_cache_config",
+            "progress_bar_desc",
+        ),
+        "called: captures the draft passes",
+    ),
+    HostContact(
+        f"{_DRAFT_GRAPHS}:SpeculatorCudaGraphManager.specialize_spec_tokens",
+        ("self", "desc", "num_speculative_tokens"),
+        "called: the graph for a number of drafts",
+    ),
+    HostContact(
+        f"{_DRAFT_GRAPHS}:SpeculatorBatchDescriptor",
+        ("cg_mode", "num_tokens", "num_reqs", "uniform_token_count", "num_speculative_tokens"),
+        "built",
+    ),
+    HostContact(
+        f"{_GRAPHS}:CudaGraphManager.dispatch",
+        ("self", "num_reqs", "num_tokens", "uniform_token_count", "num_active_loras"),
+        "called: the graph for a batch size",
+    ),
+    HostContact(
+        f"{_GRAPHS}:CudaGraphManager._init_candidates",
+        ("self",),
+        "wrapped: with a schedule _candidates offers the decode graphs of every query length",
+    ),
+    HostContact(f"{_GRAPHS}:CudaGraphManager.run_fullgraph", ("self", "desc"), "called"),
+    HostContact(f"{_GRAPHS}:CudaGraphManager.needs_capture", ("self",), "called"),
+    HostContact(
+        "vllm.v1.spec_decode.dynamic.utils:build_dynamic_sd_schedule_lookup",
+        (
+            "num_speculative_tokens_per_batch_size",
+            "vllm_max_batch_size",
+            "vllm_num_speculative_tokens",
+        ),
+        "called: numbers of drafts by batch size",
+    ),
+    HostContact(f"{_CONFIG}.uses_dynamic_speculative_decoding", ("self",), "called"),
+    HostContact(
+        "vllm.config.compilation:CUDAGraphMode.separate_routine",
+        ("self",),
+        "called: whether decodes have graphs of their own",
+    ),
+    HostContact(
+        "vllm.v1.worker.utils:AttentionGroup.map_to_kernel_block_table",
+        ("self", "block_table"),
+        "called before the draft graph replays",
+    ),
     # Model state.
     HostContact(
         f"{_MODEL_STATE}.__init__",
@@ -182,12 +251,7 @@ CONTACTS: tuple[HostContact, ...] = (
             "kv_cache_config",
             "for_capture",
         ),
-        "extended: decides whether a verify step reuses",
-    ),
-    HostContact(
-        f"{_MODEL_STATE}.prepare_inputs",
-        ("self", "input_batch", "req_states"),
-        "extended: hands the plan to the forward",
+        "extended: decides whether a verify step reuses, and attaches its plan",
     ),
     HostContact(
         "vllm.v1.worker.gpu.model_states:resolve_model_state_cls",

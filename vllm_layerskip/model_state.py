@@ -13,8 +13,16 @@ early stage would compute now:
 * rows have equal numbers of drafts, as the scheduler gives a decode batch; a mixed batch
   takes the ordinary forward, which needs no exit state and is always correct.
 
+FULL CUDA graphs. vLLM captures a decode graph per padded batch size and number of tokens per
+request; those of two tokens or more are captured with reuse, and vLLM may replay one for a
+batch whose rows lack exit states (it counts a cached prompt's last token as a decode). Such a
+batch is not kept from its graph. The early stage runs for it here first, over all its tokens,
+and leaves the exit states that the graph reads. Where prefills and decodes share their FULL
+graphs (``cudagraph_mode=FULL``) graphs hold the ordinary forward.
+
 The decision looks at the batch and never at the order of calls: vLLM calls
-``prepare_attn`` for dummy batches and graph captures too, and those carry no drafts.
+``prepare_attn`` for dummy batches and graph captures too, those of the speculator's graphs
+included, and those carry no drafts.
 """
 
 from __future__ import annotations
@@ -22,12 +30,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.config.compilation import CUDAGraphMode
+from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.triton_utils import tl, triton
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import (
     build_attn_metadata,
@@ -37,11 +46,11 @@ from vllm.v1.worker.gpu.attn_utils import (
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
-from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_layerskip.config import LayerSkipConfig
-from vllm_layerskip.models.stages import VerifyPlan, early_attn_layer_names
+from vllm_layerskip.models.stages import early_attn_layer_names
+from vllm_layerskip.verify_plan import VerifyAttnMetadata, VerifyPlan
 
 
 @dataclass
@@ -51,7 +60,7 @@ class VerifyStats:
     num_verify_steps_reused: int = 0
     """Steps that ran the early stage for one token per request."""
     num_verify_steps_full: int = 0
-    """Steps that ran the ordinary forward."""
+    """Steps that ran the early stage for every token."""
 
     def to_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -69,9 +78,10 @@ class LayerSkipModelState(DefaultModelState):
         self.exit_states = model.exit_states
         self.stats = VerifyStats()
         self.early_attn_groups: list[list[AttentionGroup]] = []
-        self.verify_plan: VerifyPlan | None = None
-        self.arange = torch.arange(self.max_num_reqs + 1, dtype=torch.int32, device=device)
-        self.arange_cpu = torch.arange(self.max_num_reqs + 1, dtype=torch.int32)
+        # What a plan points at; captured graphs read it again at each replay.
+        self.idx_mapping = torch.full((self.max_num_reqs,), -1, dtype=torch.int64, device=device)
+        self.query_start_loc = torch.zeros(self.max_num_reqs + 1, dtype=torch.int32, device=device)
+        self.slot_mappings: torch.Tensor | None = None  # [num_kv_cache_groups, max_num_reqs]
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
@@ -90,13 +100,19 @@ class LayerSkipModelState(DefaultModelState):
             self.device,
             active_layer_names=early_attn_layer_names(set(layers), self.config.exit_layer),
         )
+        self.slot_mappings = torch.zeros(
+            len(kv_cache_config.kv_cache_groups),
+            self.max_num_reqs,
+            dtype=block_tables.slot_mappings.dtype,
+            device=self.device,
+        )
 
     def prepare_attn(
         self,
         input_batch: InputBatch,
         cudagraph_mode: CUDAGraphMode,
         block_tables: tuple[torch.Tensor, ...],
-        slot_mappings: torch.Tensor,
+        slot_mappings: torch.Tensor,  # [num_kv_cache_groups, T]
         attn_groups: list[list[AttentionGroup]],
         kv_cache_config: KVCacheConfig,
         for_capture: bool = False,
@@ -112,68 +128,166 @@ class LayerSkipModelState(DefaultModelState):
             for_capture=for_capture,
             **kwargs,
         )
-        self.verify_plan = None
+        covered = self._covered(input_batch)
+        if for_capture or cudagraph_mode == CUDAGraphMode.FULL:
+            reuses = self._graph_reuses(input_batch)
+            num_reqs = input_batch.num_reqs_after_padding
+        else:
+            reuses, num_reqs = covered, input_batch.num_reqs
         if input_batch.num_draft_tokens_per_req is not None:
-            if self._may_reuse(input_batch, cudagraph_mode):
-                self.verify_plan = self._plan_verify(
-                    input_batch, block_tables, slot_mappings, kv_cache_config
-                )
-                self.stats.num_verify_steps_reused += 1
-            else:
-                self.stats.num_verify_steps_full += 1
-        return attn_metadata
+            self.stats.num_verify_steps_reused += reuses and covered
+            self.stats.num_verify_steps_full += not (reuses and covered)
+        if not reuses:
+            return attn_metadata
 
-    def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
-        model_inputs = super().prepare_inputs(input_batch, req_states)
-        plan, self.verify_plan = self.verify_plan, None
-        return model_inputs if plan is None else {**model_inputs, "verify_plan": plan}
+        plan = self._plan_verify(
+            input_batch, num_reqs, block_tables, slot_mappings, kv_cache_config, for_capture
+        )
+        if not (covered or for_capture):
+            self._compute_exit_states(
+                input_batch, plan, attn_metadata, slot_mappings, kv_cache_config
+            )
+        return VerifyAttnMetadata(attn_metadata, plan)
 
-    def _may_reuse(self, input_batch: InputBatch, cudagraph_mode: CUDAGraphMode) -> bool:
-        num_drafts_np: np.ndarray = input_batch.num_draft_tokens_per_req
+    def _covered(self, input_batch: InputBatch) -> bool:
+        """Whether every row verifies the same number of drafts and has their exit states."""
+        num_drafts_np = input_batch.num_draft_tokens_per_req
+        if num_drafts_np is None or not self.config.reuse_exit_states or input_batch.has_prefill:
+            return False
         num_drafts = int(num_drafts_np[0])
         return (
-            self.config.reuse_exit_states
-            # A captured graph holds the ordinary forward.
-            and cudagraph_mode == CUDAGraphMode.NONE
-            and input_batch.num_tokens_after_padding == input_batch.num_tokens
-            and not input_batch.has_prefill
-            and num_drafts >= 1
+            num_drafts >= 1
             and bool((num_drafts_np == num_drafts).all())
             and bool((input_batch.num_scheduled_tokens == num_drafts + 1).all())
             and self.exit_states.cover(input_batch.idx_mapping_np, num_drafts)
         )
 
+    def _graph_reuses(self, input_batch: InputBatch) -> bool:
+        """Whether this batch's FULL graph was captured, or is to be, with reuse."""
+        return (
+            self.config.reuse_exit_states
+            and self.vllm_config.compilation_config.cudagraph_mode.separate_routine()
+            # One token per request verifies nothing; so does a graph of the speculator.
+            and input_batch.num_tokens_after_padding > input_batch.num_reqs_after_padding
+        )
+
     def _plan_verify(
         self,
         input_batch: InputBatch,
+        num_reqs: int,  # R, with the padding of a FULL graph
         block_tables: tuple[torch.Tensor, ...],
         slot_mappings: torch.Tensor,  # [num_kv_cache_groups, T]
         kv_cache_config: KVCacheConfig,
+        for_capture: bool,
     ) -> VerifyPlan:
-        num_reqs = input_batch.num_reqs
-        num_drafts = int(input_batch.num_draft_tokens_per_req[0])
-        last_draft_indices = input_batch.query_start_loc[1 : num_reqs + 1].long() - 1
-        early_slot_mappings = slot_mappings[:, last_draft_indices]
-        seq_lens_cpu_upper_bound = input_batch.seq_lens_cpu_upper_bound[:num_reqs]
+        num_drafts = int(input_batch.num_scheduled_tokens[0]) - 1
+        # The rows of a capture or a dummy replay are queries of no request.
+        num_queries = input_batch.num_reqs
+        num_requests = 0 if for_capture else num_queries
+        assert self.slot_mappings is not None
+        _prepare_plan_kernel[(1,)](
+            self.idx_mapping,
+            self.query_start_loc,
+            self.slot_mappings,
+            self.slot_mappings.stride(0),
+            input_batch.idx_mapping,
+            slot_mappings,
+            slot_mappings.stride(0),
+            num_requests,
+            num_queries,
+            num_reqs,
+            num_drafts,
+            NUM_KV_CACHE_GROUPS=slot_mappings.shape[0],
+            BLOCK_SIZE=triton.next_power_of_2(num_reqs),
+        )
+        early_slot_mappings = self.slot_mappings[:, :num_reqs]
+        seq_lens_cpu_upper_bound = input_batch.seq_lens_cpu_upper_bound
         attn_metadata = build_attn_metadata(
             attn_groups=self.early_attn_groups,
             num_reqs=num_reqs,
             num_tokens=num_reqs,
-            query_start_loc_gpu=self.arange[: num_reqs + 1],
-            query_start_loc_cpu=self.arange_cpu[: num_reqs + 1],
+            query_start_loc_gpu=self.query_start_loc[: num_reqs + 1],
+            query_start_loc_cpu=torch.arange(num_reqs + 1, dtype=torch.int32).clamp_(
+                max=num_queries
+            ),
             max_query_len=1,
             seq_lens=input_batch.seq_lens,
-            max_seq_len=int(seq_lens_cpu_upper_bound.max()),
+            # A captured graph must serve every length.
+            max_seq_len=(
+                self.max_model_len
+                if for_capture
+                else int(seq_lens_cpu_upper_bound[:num_queries].max())
+            ),
             block_tables=block_tables,
             slot_mappings=early_slot_mappings,
             kv_cache_config=kv_cache_config,
             seq_lens_cpu_upper_bound=seq_lens_cpu_upper_bound,
-            positions=input_batch.positions[last_draft_indices],
             is_prefilling=torch.from_numpy(input_batch.is_prefilling_np),
+            for_cudagraph_capture=for_capture,
         )
         return VerifyPlan(
-            state_indices=self.exit_states.state_indices(input_batch.idx_mapping, num_drafts),
-            last_draft_indices=last_draft_indices,
+            num_drafts=num_drafts,
+            idx_mapping=self.idx_mapping[:num_reqs],
             attn_metadata=attn_metadata,
             slot_mappings=build_slot_mappings_by_layer(early_slot_mappings, kv_cache_config),
+        )
+
+    def _compute_exit_states(
+        self,
+        input_batch: InputBatch,
+        plan: VerifyPlan,
+        attn_metadata: dict[str, Any],
+        slot_mappings: torch.Tensor,
+        kv_cache_config: KVCacheConfig,
+    ) -> None:
+        """Run the early stage over the whole batch; its K/V writes are the forward's own."""
+        with set_forward_context(
+            attn_metadata,
+            self.vllm_config,
+            num_tokens=input_batch.num_tokens_after_padding,
+            slot_mapping=build_slot_mappings_by_layer(slot_mappings, kv_cache_config),
+        ):
+            hidden_states, residual = self.model.run_early_stage(
+                input_batch.input_ids, input_batch.positions
+            )
+        self.exit_states.store(
+            0,
+            plan.idx_mapping,
+            hidden_states,
+            residual,
+            num_tokens_per_req=plan.num_drafts + 1,
+            num_steps=plan.num_drafts,
+        )
+
+
+@triton.jit
+def _prepare_plan_kernel(  # type: ignore[no-untyped-def]
+    idx_mapping_out_ptr,  # [max_num_reqs]
+    query_start_loc_out_ptr,  # [max_num_reqs + 1]
+    slot_mappings_out_ptr,  # [num_kv_cache_groups, max_num_reqs]
+    slot_mappings_out_stride,
+    idx_mapping_ptr,  # [num_requests]
+    slot_mappings_ptr,  # [num_kv_cache_groups, T]
+    slot_mappings_stride,
+    num_requests,
+    num_queries,
+    num_reqs,  # with padding
+    num_drafts,
+    NUM_KV_CACHE_GROUPS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    row = tl.arange(0, BLOCK_SIZE)
+    in_batch = row < num_reqs
+    is_request = row < num_requests
+    idx_mapping = tl.load(idx_mapping_ptr + row, mask=is_request, other=-1)
+    tl.store(idx_mapping_out_ptr + row, idx_mapping, mask=in_batch)
+    # Padding has no query; its first start is the 0 that the buffer was made with.
+    query_end = tl.minimum(row + 1, num_queries)
+    tl.store(query_start_loc_out_ptr + row + 1, query_end, mask=in_batch)
+    last_draft = row * (num_drafts + 1) + num_drafts
+    for group in tl.static_range(NUM_KV_CACHE_GROUPS):
+        # The last draft's slot; padding already is PAD in vLLM's slot mappings.
+        slot = tl.load(slot_mappings_ptr + group * slot_mappings_stride + last_draft, mask=in_batch)
+        tl.store(
+            slot_mappings_out_ptr + group * slot_mappings_out_stride + row, slot, mask=in_batch
         )

@@ -106,8 +106,10 @@ def _init_speculator(original: Callable) -> Callable:
 
         if not isinstance(vllm_config.speculative_config, LayerSkipConfig):
             return original(vllm_config, device, req_states)
+        from vllm_layerskip.graph_dispatch import offer_all_decode_graphs
         from vllm_layerskip.speculator import LayerSkipSpeculator
 
+        offer_all_decode_graphs()
         return LayerSkipSpeculator(vllm_config, device)
 
     return init_speculator

@@ -19,6 +19,10 @@ the target's cache. Why they are safe:
 
 Nothing here waits for the device: rows, counts and bounds come from the host's side of the
 batch, token ids and positions stay on the device.
+
+All K passes of a batch replay as one CUDA graph where there is one (``draft_graphs.py``). What
+a graph reads and writes is persistent: vLLM's and our input buffers, the block tables, the
+exit states. Its padded rows have ``idx_mapping = -1`` and no query.
 """
 
 from __future__ import annotations
@@ -44,6 +48,8 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_layerskip import __version__, host
 from vllm_layerskip.config import LayerSkipConfig
+from vllm_layerskip.draft_graphs import DraftCudaGraphManager
+from vllm_layerskip.draft_inputs import advance, prepare_first_pass
 from vllm_layerskip.exit_states import ExitStates
 from vllm_layerskip.models.stages import early_attn_layer_names
 
@@ -59,8 +65,8 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         self.exit_states = ExitStates(
             self.max_num_reqs, self.num_speculative_steps, self.hidden_size, self.dtype, device
         )
-        self.current_draft_step = torch.tensor(0, dtype=torch.int64, device=device)
-        self.arange = torch.arange(self.max_num_reqs + 1, dtype=torch.int32, device=device)
+        self.draft_steps = torch.arange(self.num_speculative_steps, device=device)
+        self.draft_graphs: DraftCudaGraphManager | None = None
         self.early_attn_layer_names: set[str] = set()
         self.draft_attn_layer_names: set[str] = set()  # The runner must see no draft layers.
         logger.info_once(
@@ -112,10 +118,33 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             self.draft_attn_layer_names = set()
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """Draft passes run eagerly or compiled, without graphs."""
+        # All passes are one graph, so a backend must refresh its metadata inside of it.
+        fused = (
+            cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+            and self.supports_decode_metadata_update
+        )
+        self.draft_graphs = DraftCudaGraphManager(
+            self.vllm_config,
+            self.device,
+            CUDAGraphMode.FULL_DECODE_ONLY if fused else CUDAGraphMode.NONE,
+        )
 
     def capture(self) -> None:
-        """Nothing to capture."""
+        assert self.draft_graphs is not None
+        if not self.draft_graphs.needs_capture():
+            return
+        logger.info("Capturing draft passes...")
+        # Rows of no request: capturing writes neither K/V nor exit states.
+        self.idx_mapping.fill_(-1)
+        self.draft_graphs.capture(
+            self._generate_fused_drafts,
+            self.model_state,
+            self.input_buffers,
+            self.block_tables,
+            self.attn_groups,
+            self.kv_cache_config,
+            progress_bar_desc="Capturing draft CUDA graphs",
+        )
 
     @torch.inference_mode()
     def propose(
@@ -150,19 +179,31 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         if not dummy_run:
             self._record_valid_exit_states(input_batch, num_speculative_tokens)
         if num_speculative_tokens == 0:
-            # The target's own cache needs no catching up.
-            return self.draft_tokens[:num_reqs].fill_(-1)
+            # The target's own cache needs no catching up; the runner blanks the drafts.
+            return self.draft_tokens[:num_reqs]
 
         max_seq_len = int(input_batch.seq_lens_cpu_upper_bound[:num_reqs].max())
         self.draft_max_seq_len = min(max_seq_len + num_speculative_tokens, self.max_model_len)
         self._copy_request_inputs(
             num_reqs, input_batch.idx_mapping, temperature, seeds, dummy_run=dummy_run
         )
-        self._prepare_first_pass(input_batch, num_sampled, num_rejected, last_sampled)
-        for step in range(num_speculative_tokens):
-            self._draft_pass(
-                step,
-                num_reqs,
+        prepare_first_pass(
+            self.input_buffers,
+            self.idx_mapping,
+            input_batch.seq_lens,
+            num_sampled,
+            num_rejected,
+            last_sampled,
+            num_reqs,
+            self.max_model_len,
+        )
+        batch_desc = self._dispatch(num_reqs, num_speculative_tokens, is_profile)
+        if batch_desc.cg_mode == CUDAGraphMode.FULL:
+            self._replay_drafts(batch_desc)
+        else:
+            self._generate_drafts(
+                batch_desc,
+                num_speculative_tokens,
                 skip_attn=dummy_run and skip_attn_for_dummy_run,
                 seq_lens_cpu_upper_bound=input_batch.seq_lens_cpu_upper_bound,
             )
@@ -181,89 +222,106 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             input_batch.idx_mapping_np, (~mid_prefill) * num_speculative_tokens
         )
 
-    def _prepare_first_pass(
+    def _dispatch(
+        self, num_reqs: int, num_speculative_tokens: int, is_profile: bool
+    ) -> BatchExecutionDescriptor:
+        if self.draft_graphs is None or is_profile:
+            return BatchExecutionDescriptor(
+                cg_mode=CUDAGraphMode.NONE,
+                num_tokens=num_reqs,
+                num_reqs=num_reqs,
+                uniform_token_count=1,
+            )
+        return self.draft_graphs.dispatch_drafts(num_reqs, num_speculative_tokens)
+
+    def _replay_drafts(self, batch_desc: BatchExecutionDescriptor) -> None:
+        for groups in self.attn_groups:
+            for group in groups:
+                # As kernels see the block table, in the buffer that the graph reads.
+                group.map_to_kernel_block_table(
+                    self.block_tables.input_block_tables[group.kv_cache_group_id]
+                )
+        assert self.draft_graphs is not None
+        self.draft_graphs.run_fullgraph(batch_desc)
+
+    def _generate_fused_drafts(
         self,
-        input_batch: InputBatch,
-        num_sampled: torch.Tensor,
-        num_rejected: torch.Tensor,
-        last_sampled: torch.Tensor,
+        num_reqs: int,
+        num_tokens_padded: int,
+        attn_metadata: dict[str, Any],
+        slot_mappings: dict[str, torch.Tensor],
+        num_tokens_across_dp: torch.Tensor | None,  # unused: dense models
+        cudagraph_runtime_mode: CUDAGraphMode,  # unused: NONE, inside of the graph
+        num_speculative_steps: int,
     ) -> None:
-        num_reqs = input_batch.num_reqs
-        buffers = self.input_buffers
-        idx_mapping = self.idx_mapping[:num_reqs]
-        # Behind the accepted tokens: where the sampled token itself belongs.
-        position = input_batch.seq_lens[:num_reqs] - num_rejected[:num_reqs]
-        drafts = (num_sampled[:num_reqs] > 0) & (position < self.max_model_len) & (idx_mapping >= 0)
-        sampled = last_sampled.view(-1)[idx_mapping.clamp(min=0)]
-        idx_mapping.masked_fill_(~drafts, -1)
-        buffers.input_ids[:num_reqs] = sampled * drafts
-        buffers.positions[:num_reqs] = position * drafts
-        # A row that drafts nothing attends to one (stale) token; its result is not used.
-        buffers.seq_lens[:num_reqs] = position * drafts + 1
-        buffers.seq_lens[num_reqs:].zero_()
-        buffers.query_start_loc.copy_(self.arange.clamp(max=num_reqs))
+        """What a graph holds: all passes, metadata refreshed in place before each."""
+        for step in range(num_speculative_steps):
+            self._compute_slot_mappings(num_reqs)
+            self._update_draft_decode_metadata(attn_metadata, num_reqs)
+            self._draft_pass(step, num_reqs, attn_metadata, slot_mappings)
+
+    def _generate_drafts(
+        self,
+        batch_desc: BatchExecutionDescriptor,
+        num_speculative_steps: int,
+        skip_attn: bool,
+        seq_lens_cpu_upper_bound: torch.Tensor,
+    ) -> None:
+        """The same without a graph: metadata rebuilt before each pass."""
+        num_reqs = batch_desc.num_tokens
+        attn_metadata, slot_mappings = None, None
+        for step in range(num_speculative_steps):
+            if not skip_attn:
+                slot_mappings = build_slot_mappings_by_layer(
+                    self._compute_slot_mappings(num_reqs), self.kv_cache_config
+                )
+                attn_metadata = self._build_uniform_attn_metadata(
+                    batch_desc=batch_desc,
+                    num_reqs=num_reqs,
+                    num_query_per_req=1,
+                    seq_lens_cpu_upper_bound=seq_lens_cpu_upper_bound,
+                    step=step + 1,
+                )
+            self._draft_pass(step, num_reqs, attn_metadata, slot_mappings)
+
+    def _compute_slot_mappings(self, num_reqs: int) -> torch.Tensor:
+        return self.block_tables.compute_slot_mappings(
+            self.idx_mapping[:num_reqs],
+            self.input_buffers.query_start_loc[: num_reqs + 1],
+            self.input_buffers.positions[:num_reqs],
+            num_reqs,
+        )
 
     def _draft_pass(
         self,
         step: int,
         num_reqs: int,
-        skip_attn: bool,
-        seq_lens_cpu_upper_bound: torch.Tensor,
+        attn_metadata: dict[str, Any] | None,
+        slot_mappings: dict[str, torch.Tensor] | None,
     ) -> None:
-        buffers = self.input_buffers
         idx_mapping = self.idx_mapping[:num_reqs]
-        input_ids = buffers.input_ids[:num_reqs]
-        positions = buffers.positions[:num_reqs]
-
-        attn_metadata, slot_mappings = None, None
-        if not skip_attn:
-            slot_mappings = build_slot_mappings_by_layer(
-                self.block_tables.compute_slot_mappings(
-                    idx_mapping, buffers.query_start_loc[: num_reqs + 1], positions, num_reqs
-                ),
-                self.kv_cache_config,
-            )
-            attn_metadata = self._build_uniform_attn_metadata(
-                batch_desc=BatchExecutionDescriptor(
-                    cg_mode=CUDAGraphMode.NONE,
-                    num_tokens=num_reqs,
-                    num_reqs=num_reqs,
-                    uniform_token_count=1,
-                ),
-                num_reqs=num_reqs,
-                num_query_per_req=1,
-                seq_lens_cpu_upper_bound=seq_lens_cpu_upper_bound,
-                step=step + 1,
-            )
+        positions = self.input_buffers.positions[:num_reqs]
         with set_forward_context(
             attn_metadata, self.vllm_config, num_tokens=num_reqs, slot_mapping=slot_mappings
         ):
-            hidden_states, residual = self.model.run_early_stage(input_ids, positions)
+            hidden_states, residual = self.model.run_early_stage(
+                self.input_buffers.input_ids[:num_reqs], positions
+            )
         self.exit_states.store(step, idx_mapping, hidden_states, residual)
-
-        self.current_draft_step.fill_(step)
-        draft_tokens = self.sample_draft(
+        sampled = self.sample_draft(
             self.model.exit_norm(hidden_states, residual),
             positions,
             idx_mapping,
             self.temperature,
             self.seeds,
-            self.current_draft_step,
+            self.draft_steps[step],
             self.draft_logits,
         )
-        # Sampling leaves rows that it skips undefined; an id must stay in the vocabulary.
-        draft_tokens.masked_fill_(idx_mapping < 0, 0)
-        self.draft_tokens[:num_reqs, step] = draft_tokens
-        self._advance(num_reqs, draft_tokens)
-
-    def _advance(self, num_reqs: int, draft_tokens: torch.Tensor) -> None:
-        buffers = self.input_buffers
-        positions = buffers.positions[:num_reqs]
-        seq_lens = buffers.seq_lens[:num_reqs]
-        buffers.input_ids[:num_reqs] = draft_tokens
-        positions.add_(1)
-        seq_lens.add_(1)
-        # Past the model's last position a row stops: it must not overwrite a real token.
-        self.idx_mapping[:num_reqs].masked_fill_(positions >= self.max_model_len, -1)
-        positions.clamp_(max=self.max_model_len - 1)
-        seq_lens.clamp_(max=self.max_model_len)
+        advance(
+            self.input_buffers,
+            self.idx_mapping,
+            sampled,
+            self.draft_tokens[:, step],
+            num_reqs,
+            self.max_model_len,
+        )

@@ -14,9 +14,13 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
 
+ON_GPU = torch.cuda.is_available()
+
 ENGINE_DEFAULTS: dict[str, Any] = {
     "dtype": "float32",
-    "enforce_eager": True,
+    # On a GPU everything that vLLM does by default, with an attention that takes float32.
+    "enforce_eager": not ON_GPU,
+    **({"attention_backend": "TRITON_ATTN"} if ON_GPU else {}),
     "max_model_len": 256,
     "max_num_seqs": 4,
     "max_num_batched_tokens": 256,
@@ -190,6 +194,9 @@ class EnginePool:
             **settings.pop("spec", {}),
         }
         return self.get(model, speculative_config=spec, **settings)
+
+    def __len__(self) -> int:
+        return len(self._engines)
 
     def close(self) -> None:
         for engine in self._engines.values():

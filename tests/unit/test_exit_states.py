@@ -48,31 +48,51 @@ def test_store_writes_each_rows_state_to_its_slot_and_step_alone(hidden_size, sl
     torch.testing.assert_close(buffer.states, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("num_drafts", range(1, NUM_DRAFTS + 1))
-@pytest.mark.parametrize("slots", [[2], [3, 0, 5], [0, 1, 2, 3, 4, 5]])
-def test_a_verify_step_reads_what_the_draft_passes_of_the_same_request_stored(slots, num_drafts):
+@pytest.mark.parametrize("num_steps", range(1, NUM_DRAFTS + 1))
+def test_store_keeps_the_first_tokens_of_rows_of_several(num_steps):
+    slots, num_tokens_per_req = [2, -1, 5], 4
     buffer = _exit_states()
-    idx_mapping = torch.tensor(slots, dtype=torch.int32, device=DEVICE)
-    passes = torch.randn(2, NUM_DRAFTS, len(slots), 4).to(DEVICE)
+    expected = buffer.states.clone()
+    tokens = torch.randn(2, len(slots) * num_tokens_per_req, 4).to(DEVICE)
+    for row, slot in enumerate(slots):
+        if slot >= 0:
+            first = row * num_tokens_per_req
+            expected[:, slot, :num_steps] = tokens[:, first : first + num_steps]
+    idx_mapping = torch.tensor(slots, device=DEVICE)
+    buffer.store(0, idx_mapping, tokens[0], tokens[1], num_tokens_per_req, num_steps)
+    torch.testing.assert_close(buffer.states, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("num_drafts", range(1, NUM_DRAFTS + 1))
+@pytest.mark.parametrize("slots", [[2], [3, 0, 5], [4, -1, 1], [0, 1, 2, 3, 4, 5], [-1]])
+@pytest.mark.parametrize("num_padding_tokens", [0, 5])
+@pytest.mark.parametrize("hidden_size", [4, 7])
+def test_a_verify_step_reads_what_the_draft_passes_of_the_same_request_stored(
+    slots, num_drafts, num_padding_tokens, hidden_size
+):
+    buffer = _exit_states(hidden_size)
+    idx_mapping = torch.tensor(slots, device=DEVICE)
+    passes = torch.randn(2, NUM_DRAFTS, len(slots), hidden_size).to(DEVICE)
     for step in range(num_drafts):
         buffer.store(step, idx_mapping, passes[0, step], passes[1, step])
-    indices = buffer.state_indices(idx_mapping, num_drafts)
-    assert indices.shape == (len(slots) * (num_drafts + 1),)
-    gathered = buffer.gather(indices)
-    for row in range(len(slots)):
-        first = row * (num_drafts + 1)
-        for step in range(num_drafts):
-            for kind in range(2):
-                torch.testing.assert_close(
-                    gathered[kind][first + step], passes[kind, step, row], rtol=0, atol=0
-                )
+    last = torch.randn(2, len(slots), hidden_size).to(DEVICE)
+    num_tokens = len(slots) * (num_drafts + 1) + num_padding_tokens
+    gathered = buffer.gather(idx_mapping, num_drafts, last[0], last[1], num_tokens)
+    expected = torch.zeros(2, num_tokens, hidden_size, device=DEVICE)
+    for row, slot in enumerate(slots):
+        if slot >= 0:
+            first = row * (num_drafts + 1)
+            expected[:, first : first + num_drafts] = passes[:, :num_drafts, row]
+            expected[:, first + num_drafts] = last[:, row]
+    torch.testing.assert_close(torch.stack(gathered), expected, rtol=0, atol=0)
 
 
 def test_gather_returns_copies_that_the_caller_may_overwrite():
     buffer = _exit_states()
     before = buffer.states.clone()
-    indices = buffer.state_indices(torch.tensor([1, 2], device=DEVICE), NUM_DRAFTS)
-    for state in buffer.gather(indices):
+    last = torch.randn(2, 4).to(DEVICE)
+    idx_mapping = torch.tensor([1, 2], device=DEVICE)
+    for state in buffer.gather(idx_mapping, NUM_DRAFTS, last, last, 2 * (NUM_DRAFTS + 1)):
         state.zero_()
     torch.testing.assert_close(buffer.states, before, rtol=0, atol=0)
 

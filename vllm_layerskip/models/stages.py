@@ -15,7 +15,7 @@ Shapes: T tokens, R requests, H hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,25 +28,12 @@ from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_layerskip.config import LayerSkipConfig
+from vllm_layerskip.verify_plan import VerifyPlan, current_verify_plan
 
 if TYPE_CHECKING:
     from vllm.sequence import IntermediateTensors
 
     from vllm_layerskip.exit_states import ExitStates
-
-
-@dataclass(frozen=True)
-class VerifyPlan:
-    """What a verify step needs to start from the drafts' exit states."""
-
-    # [T] index of each token's exit state in the buffer; the last token of a request
-    # has none yet and points at any.
-    state_indices: torch.Tensor
-    # [R] index of each request's last draft token, the one to run the early stage on.
-    last_draft_indices: torch.Tensor
-    # By name of the early attention layers, for one token per request.
-    attn_metadata: dict[str, Any]
-    slot_mappings: dict[str, torch.Tensor]
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
@@ -115,6 +102,7 @@ class LayerSkipForCausalLM(nn.Module):
         with set_model_tag("layerskip_late"):
             late_stage = LateStage(**parts)
         self._stages = (early_stage, late_stage)
+        self._late_stage_inputs = _late_stage_inputs(vllm_config)
 
     @classmethod
     def get_model_state_cls(cls) -> type:
@@ -137,12 +125,18 @@ class LayerSkipForCausalLM(nn.Module):
         positions: torch.Tensor,  # [T]
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        verify_plan: VerifyPlan | None = None,
     ) -> torch.Tensor:
-        if verify_plan is None:
+        plan = current_verify_plan()
+        if plan is None:
             hidden_states, residual = self.run_early_stage(input_ids, positions)
         else:
-            hidden_states, residual = self._reuse_exit_states(input_ids, positions, verify_plan)
+            hidden_states, residual = self._reuse_exit_states(input_ids, positions, plan)
+        if get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE:
+            # A piecewise graph reads its inputs where they were at capture, and memory of the
+            # early stage's last graph may belong to the next graph by then.
+            num_tokens = positions.shape[0]
+            hidden_states = self._late_stage_inputs[0, :num_tokens].copy_(hidden_states)
+            residual = self._late_stage_inputs[1, :num_tokens].copy_(residual)
         return self._stages[1](positions, hidden_states, residual)
 
     def _reuse_exit_states(
@@ -150,23 +144,39 @@ class LayerSkipForCausalLM(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Exit states of all T tokens, running the early stage for one token per request."""
         assert self.exit_states is not None
-        hidden_states, residual = self.exit_states.gather(plan.state_indices)
-        last = plan.last_draft_indices
+        num_tokens_per_req = plan.num_drafts + 1
+        last = slice(plan.num_drafts, plan.num_reqs * num_tokens_per_req, num_tokens_per_req)
         context = replace(
             get_forward_context(),
             attn_metadata=plan.attn_metadata,
             slot_mapping=plan.slot_mappings,
-            # Sizes of captured graphs are the whole batch's, not one token per request.
+            # Sizes of piecewise graphs are the whole batch's, not one token per request.
             cudagraph_runtime_mode=CUDAGraphMode.NONE,
             batch_descriptor=None,
         )
         with override_forward_context(context):
+            # Copies: a compiled stage expects its inputs dense and aligned.
             last_hidden_states, last_residual = self.run_early_stage(
-                input_ids[last], positions[last]
+                input_ids[last].clone(memory_format=torch.contiguous_format),
+                positions[last].clone(memory_format=torch.contiguous_format),
             )
-        hidden_states.index_copy_(0, last, last_hidden_states)
-        residual.index_copy_(0, last, last_residual)
-        return hidden_states, residual
+        return self.exit_states.gather(
+            plan.idx_mapping,
+            plan.num_drafts,
+            last_hidden_states,
+            last_residual,
+            num_tokens=positions.shape[0],
+        )
+
+
+def _late_stage_inputs(vllm_config: VllmConfig) -> torch.Tensor:
+    """``[2, T, H]`` for the largest T that a piecewise graph is captured for."""
+    compilation_config = vllm_config.compilation_config
+    piecewise = compilation_config.cudagraph_mode.has_piecewise_cudagraphs()
+    num_tokens = compilation_config.max_cudagraph_capture_size if piecewise else 0
+    model_config = vllm_config.model_config
+    # Loaded on the model's device, which is the default while a model is built.
+    return torch.zeros(2, num_tokens or 0, model_config.get_hidden_size(), dtype=model_config.dtype)
 
 
 def early_attn_layer_names(attn_layer_names: set[str], exit_layer: int) -> set[str]:

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA graphs of drafting: one graph holds all draft passes of a batch.
+
+vLLM's manager captures, pads and dispatches. Ours says which graphs exist: one per padded
+batch size and number of drafts that the batch-size schedule can ask for there. A batch
+without a graph drafts eagerly.
+"""
+
+from __future__ import annotations
+
+import torch
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
+    SpeculatorBatchDescriptor,
+    SpeculatorCudaGraphManager,
+)
+
+
+class DraftCudaGraphManager(SpeculatorCudaGraphManager):
+    _capture_descs: dict[CUDAGraphMode, list[BatchExecutionDescriptor]]
+
+    def __init__(
+        self, vllm_config: VllmConfig, device: torch.device, cudagraph_mode: CUDAGraphMode
+    ) -> None:
+        super().__init__(vllm_config, device, cudagraph_mode, decode_query_len=1)
+        num_drafts = num_drafts_by_batch_size(vllm_config)
+        self._capture_descs = {
+            mode: _with_num_drafts(descs, num_drafts) for mode, descs in self._capture_descs.items()
+        }
+
+    def dispatch_drafts(
+        self, num_reqs: int, num_speculative_tokens: int
+    ) -> BatchExecutionDescriptor:
+        """The graph that drafts for a batch, or an eager descriptor of the batch's own size."""
+        desc = self.dispatch(num_reqs, num_reqs, uniform_token_count=1, num_active_loras=0)
+        desc = self.specialize_spec_tokens(desc, num_speculative_tokens)
+        if desc.cg_mode == CUDAGraphMode.FULL:
+            return desc
+        return BatchExecutionDescriptor(
+            cg_mode=CUDAGraphMode.NONE,
+            num_tokens=num_reqs,
+            num_reqs=num_reqs,
+            uniform_token_count=1,
+        )
+
+
+def num_drafts_by_batch_size(vllm_config: VllmConfig) -> list[int]:
+    """Drafts per request for a batch of ``index`` requests; index 0 is unused."""
+    config = vllm_config.speculative_config
+    max_num_reqs = vllm_config.scheduler_config.max_num_seqs
+    if not config.uses_dynamic_speculative_decoding():
+        return [config.num_speculative_tokens] * (max_num_reqs + 1)
+    return build_dynamic_sd_schedule_lookup(
+        config.num_speculative_tokens_per_batch_size,
+        vllm_max_batch_size=max_num_reqs,
+        vllm_num_speculative_tokens=config.num_speculative_tokens,
+    )
+
+
+def _with_num_drafts(
+    descs: list[BatchExecutionDescriptor], num_drafts: list[int]
+) -> list[BatchExecutionDescriptor]:
+    """One descriptor per number of drafts of the batch sizes that are padded to it."""
+    result = []
+    smallest = 1
+    for desc in sorted(descs, key=lambda desc: desc.num_tokens):
+        batch_sizes = num_drafts[smallest : desc.num_tokens + 1]
+        result += [
+            SpeculatorBatchDescriptor(**vars(desc), num_speculative_tokens=count)
+            for count in sorted(set(batch_sizes) - {0})
+        ]
+        smallest = desc.num_tokens + 1
+    return result[::-1]  # The largest first, as vLLM captures.

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs of the draft passes, written on the device: one kernel before the first pass, one
+behind each.
+
+Rows of a batch are R requests, then padding. A row drafts while its ``idx_mapping`` is not
+-1; one that does not stays where it is and writes neither K/V nor exit states.
+"""
+
+from __future__ import annotations
+
+import torch
+from vllm.triton_utils import tl, triton
+from vllm.v1.worker.gpu.input_batch import InputBuffers
+
+
+def prepare_first_pass(
+    input_buffers: InputBuffers,
+    idx_mapping: torch.Tensor,  # [max_num_reqs]
+    target_seq_lens: torch.Tensor,  # [>= R]
+    num_sampled: torch.Tensor,  # [R]
+    num_rejected: torch.Tensor,  # [R]
+    last_sampled: torch.Tensor,  # [max_num_reqs, 1], by request slot
+    num_reqs: int,
+    max_model_len: int,
+) -> None:
+    """Have each row draft from the token that was just sampled, at that token's own position.
+
+    A row of which nothing was sampled, or whose token has no position left, drafts nothing.
+    """
+    max_num_reqs = idx_mapping.shape[0]
+    _prepare_first_pass_kernel[(1,)](
+        idx_mapping,
+        input_buffers.input_ids,
+        input_buffers.positions,
+        input_buffers.seq_lens,
+        input_buffers.query_start_loc,
+        target_seq_lens,
+        num_sampled,
+        num_rejected,
+        last_sampled,
+        num_reqs,
+        max_num_reqs,
+        max_model_len,
+        BLOCK_SIZE=triton.next_power_of_2(max_num_reqs),
+    )
+
+
+def advance(
+    input_buffers: InputBuffers,
+    idx_mapping: torch.Tensor,  # [max_num_reqs]
+    sampled: torch.Tensor,  # [R]
+    draft_tokens: torch.Tensor,  # [max_num_reqs], one step's column
+    num_reqs: int,
+    max_model_len: int,
+) -> None:
+    """Keep a pass's draft tokens and make them the next pass's inputs, one position on.
+
+    Past the model's last position a row stops: it must not overwrite a real token.
+    """
+    _advance_kernel[(1,)](
+        idx_mapping,
+        input_buffers.input_ids,
+        input_buffers.positions,
+        input_buffers.seq_lens,
+        sampled,
+        draft_tokens,
+        draft_tokens.stride(0),
+        num_reqs,
+        max_model_len,
+        BLOCK_SIZE=triton.next_power_of_2(num_reqs),
+    )
+
+
+@triton.jit
+def _prepare_first_pass_kernel(  # type: ignore[no-untyped-def]
+    idx_mapping_ptr,  # [max_num_reqs]
+    input_ids_ptr,
+    positions_ptr,
+    seq_lens_ptr,
+    query_start_loc_ptr,  # [max_num_reqs + 1]
+    target_seq_lens_ptr,
+    num_sampled_ptr,
+    num_rejected_ptr,
+    last_sampled_ptr,
+    num_reqs,
+    max_num_reqs,
+    max_model_len,
+    BLOCK_SIZE: tl.constexpr,
+):
+    row = tl.arange(0, BLOCK_SIZE)
+    in_buffer = row < max_num_reqs
+    in_batch = row < num_reqs
+    req_state_idx = tl.load(idx_mapping_ptr + row, mask=in_batch, other=-1)
+    num_sampled = tl.load(num_sampled_ptr + row, mask=in_batch, other=0)
+    num_rejected = tl.load(num_rejected_ptr + row, mask=in_batch, other=0)
+    # Behind the accepted tokens: where the sampled token itself belongs.
+    position = tl.load(target_seq_lens_ptr + row, mask=in_batch, other=0) - num_rejected
+    drafts = (req_state_idx >= 0) & (num_sampled > 0) & (position < max_model_len)
+    token = tl.load(last_sampled_ptr + req_state_idx, mask=drafts, other=0)
+    position = tl.where(drafts, position, 0)
+    tl.store(idx_mapping_ptr + row, tl.where(drafts, req_state_idx, -1), mask=in_buffer)
+    tl.store(input_ids_ptr + row, token, mask=in_buffer)
+    tl.store(positions_ptr + row, position, mask=in_buffer)
+    # A request that drafts nothing attends to one (stale) token; its result is not used.
+    tl.store(seq_lens_ptr + row, tl.where(in_batch, position + 1, 0), mask=in_buffer)
+    # Padding has no query; the first start is the 0 that the buffer was made with.
+    tl.store(query_start_loc_ptr + row + 1, tl.minimum(row + 1, num_reqs), mask=in_buffer)
+
+
+@triton.jit
+def _advance_kernel(  # type: ignore[no-untyped-def]
+    idx_mapping_ptr,  # [max_num_reqs]
+    input_ids_ptr,
+    positions_ptr,
+    seq_lens_ptr,
+    sampled_ptr,  # [num_reqs]
+    draft_tokens_ptr,
+    draft_tokens_stride,
+    num_reqs,
+    max_model_len,
+    BLOCK_SIZE: tl.constexpr,
+):
+    row = tl.arange(0, BLOCK_SIZE)
+    in_batch = row < num_reqs
+    req_state_idx = tl.load(idx_mapping_ptr + row, mask=in_batch, other=-1)
+    drafts = req_state_idx >= 0
+    # Sampling leaves rows that it skips undefined; an id must stay in the vocabulary.
+    token = tl.load(sampled_ptr + row, mask=drafts, other=0)
+    tl.store(draft_tokens_ptr + row * draft_tokens_stride, token, mask=in_batch)
+    tl.store(input_ids_ptr + row, token, mask=in_batch)
+    position = tl.load(positions_ptr + row, mask=drafts, other=0) + 1
+    goes_on = drafts & (position < max_model_len)
+    tl.store(idx_mapping_ptr + row, tl.where(goes_on, req_state_idx, -1), mask=in_batch)
+    tl.store(positions_ptr + row, position, mask=goes_on)
+    tl.store(seq_lens_ptr + row, position + 1, mask=goes_on)
