@@ -247,30 +247,32 @@ def test_what_was_sampled_is_appended(seed, with_counts, with_queries):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_exit_states_are_stored(seed, dtype):
+def test_exit_states_of_a_verify_step(seed, dtype):
     rows = Rows(seed)
-    hidden_size = 5
+    hidden_size, num_drafts = 5, 1 + seed % 3
     rows.idx_mapping[1:][rows.draw(0, 3, (rows.num_reqs - 1,)) == 0] = -1
-    states = torch.zeros(2, MAX_NUM_REQS, 3, hidden_size, dtype=dtype)
-    new = torch.randn(2, rows.num_reqs + 2, hidden_size, generator=rows.generator).to(dtype)
-    results = []
-    for kernel in kernels("vllm_layerskip.exit_states:_store_kernel"):
-        out = states.clone()
-        kernel[(rows.num_reqs,)](
-            out[0, :, 1],
-            out[1, :, 1],
-            out.stride(1),
-            rows.idx_mapping,
-            new[0],
-            hidden_size,
-            new[1],
-            hidden_size,
-            hidden_size,
-            BLOCK_SIZE=8,
-        )
-        results.append(out)
-    assert torch.equal(*results)
-    assert results[0][:, rows.idx_mapping[0].item(), 1].count_nonzero() > 0
+    states = torch.randn(2, MAX_NUM_REQS, 3, hidden_size, generator=rows.generator).to(dtype)
+    last = torch.randn(2, rows.num_reqs, hidden_size, generator=rows.generator).to(dtype)
+    num_tokens = rows.num_reqs * (num_drafts + 1) + seed  # Some of them padding.
+    assert_same(
+        "vllm_layerskip.exit_states:_gather_kernel",
+        (num_tokens,),
+        torch.full((num_tokens, hidden_size), 7, dtype=dtype),
+        torch.full((num_tokens, hidden_size), 7, dtype=dtype),
+        hidden_size,
+        states[0],
+        states[1],
+        states.stride(1),
+        states.stride(2),
+        rows.idx_mapping,
+        rows.num_reqs,
+        last[0],
+        hidden_size,
+        last[1],
+        hidden_size,
+        num_drafts,
+        BLOCK_SIZE=8,
+    )
 
 
 @pytest.mark.parametrize("vocab_size", [7, 9000])

@@ -158,17 +158,28 @@ def post_update(
         num_computed_tokens_ptr[requests] += query_lens[batch_rows]
 
 
-def store_exit_states(
-    hidden_states_out_ptr: torch.Tensor,  # [S, H], one draft step's view, written
-    residual_out_ptr: torch.Tensor,  # [S, H], written
-    idx_mapping_ptr: torch.Tensor,  # [R]; -1 stores nothing
-    hidden_states_ptr: torch.Tensor,  # [>= R, H]
-    residual_ptr: torch.Tensor,  # [>= R, H]
+def gather_exit_states(
+    hidden_states_out_ptr: torch.Tensor,  # [T, H], written
+    residual_out_ptr: torch.Tensor,  # [T, H], written
+    hidden_states_ptr: torch.Tensor,  # [S, K, H]
+    residual_ptr: torch.Tensor,  # [S, K, H]
+    idx_mapping_ptr: torch.Tensor,  # [R]; -1 gives zeros
+    last_hidden_states_ptr: torch.Tensor,  # [R, H]
+    last_residual_ptr: torch.Tensor,  # [R, H]
+    num_drafts: int,
 ) -> None:
-    rows = (idx_mapping_ptr >= 0).nonzero().view(-1)
-    requests = idx_mapping_ptr[rows].long()
-    hidden_states_out_ptr[requests] = hidden_states_ptr[rows]
-    residual_out_ptr[requests] = residual_ptr[rows]
+    """Each row's stored states and the passed in last one; zeros for padding."""
+    num_reqs, hidden_size = len(idx_mapping_ptr), hidden_states_out_ptr.shape[1]
+    is_request = (idx_mapping_ptr >= 0)[:, None, None]
+    requests = idx_mapping_ptr.clamp(min=0).long()
+    for out, stored, last in (
+        (hidden_states_out_ptr, hidden_states_ptr, last_hidden_states_ptr),
+        (residual_out_ptr, residual_ptr, last_residual_ptr),
+    ):
+        states = torch.cat([stored[requests, :num_drafts], last[:num_reqs, None]], dim=1)
+        states = states.masked_fill(~is_request, 0).view(-1, hidden_size)
+        out[: len(states)] = states
+        out[len(states) :] = 0
 
 
 def _ragged(lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
