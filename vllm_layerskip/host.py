@@ -41,6 +41,8 @@ class HostContact:
     why: str = ""
 
 
+_GPU = "vllm.v1.worker.gpu"
+_REJECTION = f"{_GPU}.spec_decode.rejection_sampler_utils"
 _SPECULATOR = "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator"
 _MODEL_STATE = "vllm.v1.worker.gpu.model_states.default:DefaultModelState"
 _GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
@@ -367,10 +369,24 @@ CONTACTS: tuple[HostContact, ...] = (
     HostContact("vllm.platforms:vllm_version_matches_substr", ("substr",), "called"),
     HostContact("vllm.triton_utils.dispatcher:register_kernels", ("overrides",), "called"),
     HostContact("vllm.triton_utils.dispatcher:_registry", (), "read: what is registered"),
-    HostContact("vllm.v1.worker.gpu.sample.gumbel:_gumbel_sample_kernel", (), "replaced"),
-    HostContact("vllm.v1.sample.ops.topk_topp_triton:_topk_topp_kernel", (), "replaced"),
-    HostContact(
-        "vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils:_resample_kernel", (), "replaced"
+    *(
+        HostContact(path, (), "replaced on a CPU")
+        for path in (
+            f"{_GPU}.block_table:_compute_slot_mappings_kernel",
+            f"{_GPU}.input_batch:_prepare_pos_seq_lens_kernel",
+            f"{_GPU}.input_batch:_combine_sampled_and_draft_tokens_kernel",
+            f"{_GPU}.input_batch:_expand_idx_mapping_kernel",
+            f"{_GPU}.input_batch:_get_num_sampled_and_rejected_kernel",
+            f"{_GPU}.input_batch:_post_update_kernel",
+            f"{_GPU}.sample.gumbel:_temperature_kernel",
+            f"{_GPU}.sample.gumbel:_gumbel_sample_kernel",
+            "vllm.v1.sample.ops.topk_topp_triton:_topk_topp_kernel",
+            f"{_GPU}.spec_decode.rejection_sampler:_gather_draft_sampled_kernel",
+            f"{_REJECTION}:_compute_local_logits_stats_kernel",
+            f"{_REJECTION}:_rejection_kernel",
+            f"{_REJECTION}:_resample_kernel",
+            f"{_REJECTION}:_insert_resampled_kernel",
+        )
     ),
     # Model.
     HostContact(
