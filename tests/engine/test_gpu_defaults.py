@@ -5,7 +5,14 @@ is asked in float32 (``tests/engine/test_cuda_graphs.py``) and acceptance here."
 
 import pytest
 import torch
+from engines import ON_GPU
 from vllm.config.compilation import CUDAGraphMode
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not ON_GPU, reason="no CUDA GPU"),
+    pytest.mark.timeout(900),  # Starts compile and capture.
+]
 
 DEFAULTS = {"dtype": "bfloat16", "attention_backend": None, "max_num_batched_tokens": 2048}
 
