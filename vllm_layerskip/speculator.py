@@ -83,6 +83,12 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             self.exit_states.num_bytes,
         )
 
+    @property
+    def num_positions(self) -> int:
+        """The model's length; fitting it to memory may have lowered it since vLLM 0.32's
+        ``max_model_len`` of a speculator was read."""
+        return self.vllm_config.model_config.max_model_len
+
     def load_model(self, target_model: nn.Module) -> None:
         # No weights and no attention layers of its own.
         attn_layer_names = set(get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase))
@@ -201,7 +207,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         if self.draft_head is not None:
             self.draft_head.refresh()
         max_seq_len = int(input_batch.seq_lens_cpu_upper_bound[:num_reqs].max())
-        self.draft_max_seq_len = min(max_seq_len + num_speculative_tokens, self.max_model_len)
+        self.draft_max_seq_len = min(max_seq_len + num_speculative_tokens, self.num_positions)
         self._copy_request_inputs(
             num_reqs, input_batch.idx_mapping, temperature, seeds, dummy_run=dummy_run
         )
@@ -213,7 +219,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             num_rejected,
             last_sampled,
             num_reqs,
-            self.max_model_len,
+            self.num_positions,
         )
         batch_desc = self._dispatch(num_reqs, num_speculative_tokens, is_profile)
         if batch_desc.cg_mode == CUDAGraphMode.FULL:
@@ -341,5 +347,5 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             sampled,
             self.draft_tokens[:, step],
             num_reqs,
-            self.max_model_len,
+            self.num_positions,
         )

@@ -45,3 +45,27 @@ def test_every_residue(pool, request, prompts, num_speculative_tokens, model_nam
     engine.reset_prefix_cache()
     for prompt, answer in zip(batch, expected, strict=True):
         assert run_to_the_end(engine, [prompt]) == [answer]
+
+
+def test_drafts_end_with_a_length_that_was_fitted_to_memory(pool, random_checkpoint):
+    """Block tables are as long as the fitted length; a draft behind it would read the next row."""
+    settings = {"max_model_len": -1, "kv_cache_memory_bytes": 1 << 20}
+    engine = pool.layerskip(random_checkpoint, 2, 5, **settings)
+    fitted = engine.vllm_config.model_config.max_model_len
+    assert fitted < 512, "the checkpoint's own length fits, so nothing was lowered"
+    block_tables, last_positions = engine.runner.block_tables, []
+    compute_slot_mappings = block_tables.compute_slot_mappings
+
+    def observed(idx_mapping, query_start_loc, positions, *args, **kwargs):
+        if positions.shape == idx_mapping.shape:  # One token per row: a draft pass.
+            last_positions.extend(positions[idx_mapping >= 0].tolist())
+        return compute_slot_mappings(idx_mapping, query_start_loc, positions, *args, **kwargs)
+
+    block_tables.compute_slot_mappings = observed
+    prompt = [3 + token % 60 for token in range(fitted - 12)]
+    with engine.counting() as counts:
+        tokens = engine.greedy([prompt], 40)
+    del block_tables.compute_slot_mappings
+    assert tokens == pool.get(random_checkpoint, **settings).greedy([prompt], 40)
+    assert counts.num_drafts > 0
+    assert max(last_positions) == fitted - 1
