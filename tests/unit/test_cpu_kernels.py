@@ -245,6 +245,31 @@ def test_what_was_sampled_is_appended(seed, with_counts, with_queries):
     )
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_inputs_of_the_next_draft_pass(seed):
+    rows = Rows(seed)
+    idx_mapping = rows.permutation().where(rows.draw(0, 3, (MAX_NUM_REQS,)) > 0, -1)
+    positions = rows.draw(0, 5, (MAX_NUM_REQS,))
+    positions[0] = 4  # The last but one.
+    results = []
+    for kernel in kernels("vllm_layerskip.draft_inputs:_advance_kernel"):
+        buffers = [idx_mapping.clone(), torch.zeros(12).int(), positions.clone()]
+        buffers += [positions.int() + 1, torch.full((MAX_NUM_REQS, 3), -7)]
+        kernel[(1,)](
+            *buffers[:4],
+            100 + torch.arange(rows.num_reqs),
+            buffers[4][:, 1],
+            3,
+            rows.num_reqs,
+            5,
+            BLOCK_SIZE=triton.next_power_of_2(rows.num_reqs),
+        )
+        results.append(buffers)
+    for expected, actual in zip(*results, strict=True):
+        assert torch.equal(expected, actual)
+    assert not torch.equal(results[0][4], torch.full((MAX_NUM_REQS, 3), -7))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_exit_states_of_a_verify_step(seed, dtype):

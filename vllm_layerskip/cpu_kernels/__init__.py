@@ -45,6 +45,7 @@ REPLACEMENTS: dict[str, Callable[..., None]] = {
     f"{_GPU}.input_batch:_expand_idx_mapping_kernel": batch.expand_idx_mapping,
     f"{_GPU}.input_batch:_get_num_sampled_and_rejected_kernel": batch.count_sampled_and_rejected,
     f"{_GPU}.input_batch:_post_update_kernel": batch.post_update,
+    "vllm_layerskip.draft_inputs:_advance_kernel": batch.advance_drafts,
     "vllm_layerskip.exit_states:_gather_kernel": batch.gather_exit_states,
     f"{_GPU}.sample.gumbel:_temperature_kernel": sampling.apply_temperature,
     f"{_GPU}.sample.gumbel:_gumbel_sample_kernel": sampling.gumbel_sample,

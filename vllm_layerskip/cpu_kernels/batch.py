@@ -158,6 +158,29 @@ def post_update(
         num_computed_tokens_ptr[requests] += query_lens[batch_rows]
 
 
+def advance_drafts(
+    idx_mapping_ptr: torch.Tensor,  # [S], of the batch's rows, written; -1 drafts nothing
+    input_ids_ptr: torch.Tensor,  # [>= R], written
+    positions_ptr: torch.Tensor,  # [>= R], written
+    seq_lens_ptr: torch.Tensor,  # [>= R], written
+    sampled_ptr: torch.Tensor,  # [R]; undefined where nothing is drafted
+    draft_tokens_ptr: torch.Tensor,  # [S], of the batch's rows, written
+    num_reqs: int,
+    max_model_len: int,
+) -> None:
+    """Make a draft pass's tokens the next one's inputs (``vllm_layerskip.draft_inputs``)."""
+    requests, positions = idx_mapping_ptr[:num_reqs], positions_ptr[:num_reqs]
+    drafts = requests >= 0
+    tokens = sampled_ptr[:num_reqs].masked_fill(~drafts, 0)
+    draft_tokens_ptr[:num_reqs] = tokens
+    input_ids_ptr[:num_reqs] = tokens
+    goes_on = drafts & (positions + 1 < max_model_len)
+    positions += goes_on
+    seq_lens = seq_lens_ptr[:num_reqs]
+    seq_lens.copy_(torch.where(goes_on, positions + 1, seq_lens))
+    requests.masked_fill_(~goes_on, -1)
+
+
 def gather_exit_states(
     hidden_states_out_ptr: torch.Tensor,  # [T, H], written
     residual_out_ptr: torch.Tensor,  # [T, H], written
