@@ -102,9 +102,9 @@ def test_schedule_shrinks_k_to_zero_as_the_batch_grows(pool, checkpoint, prompts
     passes = []
     draft_pass = engine.runner.speculator._draft_pass
 
-    def counting_pass(step, num_reqs, **kwargs):
+    def counting_pass(step, num_reqs, *args):
         passes.append(num_reqs)
-        return draft_pass(step, num_reqs, **kwargs)
+        return draft_pass(step, num_reqs, *args)
 
     engine.runner.speculator._draft_pass = counting_pass
     try:

@@ -55,14 +55,14 @@ def test_one_token_left_after_a_hit_while_another_request_runs(pool, checkpoint,
     engine.reset_prefix_cache()
     engine.greedy([prompt], max_tokens=1)  # Two full blocks of the prompt are cached now.
     batches = []
-    may_reuse = engine.runner.model_state._may_reuse
+    covered = engine.runner.model_state._covered
 
-    def recording(input_batch, cudagraph_mode):
-        result = may_reuse(input_batch, cudagraph_mode)
+    def recording(input_batch):
+        result = covered(input_batch)
         batches.append((input_batch.has_prefill, list(input_batch.num_scheduled_tokens), result))
         return result
 
-    engine.runner.model_state._may_reuse = recording
+    engine.runner.model_state._covered = recording
     try:
         engine.start("running", prompts[0], max_tokens=40)
         tokens = {}
@@ -71,7 +71,7 @@ def test_one_token_left_after_a_hit_while_another_request_runs(pool, checkpoint,
         engine.start("cached", prompt, max_tokens=40)
         tokens.update(engine.run_to_end())
     finally:
-        del engine.runner.model_state._may_reuse
+        del engine.runner.model_state._covered
 
     assert [tokens["cached"], tokens["running"]] == expected
     padded = [reused for prefill, scheduled, reused in batches if prefill and scheduled == [6, 6]]
