@@ -36,18 +36,24 @@ class HostReads:
 
     calls: set[str] = field(default_factory=set)
     """Names of the watched functions that ran."""
-    reads: list[str] = field(default_factory=list)
-    """Operation and where it was called from."""
+    reads: dict[str, str] = field(default_factory=dict)
+    """By the line that reads: the operation and the lines that led there."""
 
     def add(self, operation: object) -> None:
-        frames = [frame for frame in traceback.extract_stack() if "torch/" not in frame.filename]
-        where = " < ".join(f"{f.filename}:{f.lineno}" for f in frames[-2:-7:-1])
-        self.reads.append(f"{operation} at {where}")
+        places = [
+            f"{frame.filename}:{frame.lineno}"
+            for frame in traceback.extract_stack()
+            if "/torch/" not in frame.filename and frame.filename != __file__
+        ]
+        self.reads[places[-1]] = f"{operation} < {' < '.join(places[-2:-7:-1])}"
 
 
 @contextlib.contextmanager
 def watch(engine: Any) -> Iterator[HostReads]:
-    """Watch drafting, verify planning and the forward of an engine for the block."""
+    """Watch drafting, verify planning and the forward of an engine for the block.
+
+    Of an engine without a speculator the rest is watched.
+    """
     runner = engine.runner
     seen = HostReads()
     recording = _on_a_gpu if torch.cuda.is_available() else _on_a_pretended_device
@@ -58,6 +64,8 @@ def watch(engine: Any) -> Iterator[HostReads]:
             (runner.model_state, "prepare_inputs"),
             (runner.model, "forward"),
         ):
+            if owner is None:
+                continue
             watched = _watched(getattr(owner, name), seen, recording, runner)
             stack.enter_context(mock.patch.object(owner, name, watched))
         if not torch.cuda.is_available():
