@@ -5,13 +5,13 @@
 #   bash benchmarks/gpu_session.sh 7b           # one step, or several
 #   bash benchmarks/gpu_session.sh --tiny all   # every step on a CPU, as a rehearsal
 #
-# Results go to $RESULTS (default /tmp/layerskip-results), where a later step finds them, and at
+# Results go to $RESULTS (default: layerskip-results in the temporary folder), where a later step finds them, and at
 # the end of each call to $OUT if it is set. QUESTIONS names Spec-Bench's question.jsonl.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
 in_order=(7b 8b k trained trained-peers 1b serve 7b-long 13b)
-results=${RESULTS:-/tmp/layerskip-results}
+results=${RESULTS:-${TMPDIR:-/tmp}/layerskip-results}
 python=${PYTHON:-python3}
 tiny=
 if [ "${1:-}" = --tiny ]; then

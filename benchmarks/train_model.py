@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a LayerSkip Llama within minutes, for benchmarks with real acceptance.
 
-    python benchmarks/train_model.py --size 160m --minutes 8 --output /tmp/layerskip-160m
-    python benchmarks/compare.py --model /tmp/layerskip-160m --modes plain layerskip draft-model
+    python benchmarks/train_model.py --size 160m --minutes 8 --output layerskip-160m
+    python benchmarks/compare.py --model layerskip-160m --modes plain layerskip draft-model
 
 The text is Python: the standard library and the packages that the machine has; the held-out
 modules of ``vllm_layerskip.training.corpus`` are in neither. ``--minutes`` counts from the start
