@@ -162,8 +162,6 @@ def stand_in_graphs() -> Iterator[None]:
         for owner, name, replacement in (
             (torch.cuda, "CUDAGraph", StandInGraph),
             (torch.cuda, "graph", _capture_graph),
-            (torch.accelerator, "empty_cache", lambda: None),
-            (torch.accelerator, "get_memory_info", lambda: (0, 0)),
             (cudagraph_utils, "graph_capture", lambda device: nothing()),
             (cudagraph_utils, "capture_pool", lambda *args: nothing()),
             (cudagraph_utils, "current_stream", lambda: None),
@@ -192,4 +190,9 @@ def capture(runner: Any, capture_sizes: list[int]) -> None:
     if runner.speculator is not None:
         runner.speculator._configure_decode_metadata_update()
         runner.speculator.init_cudagraph_manager(mode)
-    runner.capture_model(profile_only=True)
+    # Only here: vLLM's CPU worker puts its own functions there for good.
+    with (
+        mock.patch.object(torch.accelerator, "empty_cache"),
+        mock.patch.object(torch.accelerator, "get_memory_info", return_value=(0, 0)),
+    ):
+        runner.capture_model(profile_only=True)
