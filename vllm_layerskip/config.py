@@ -25,7 +25,7 @@ from vllm_layerskip.draft_vocab import (
     parse_draft_vocab,
     read_draft_vocab,
 )
-from vllm_layerskip.models import SUPPORTED_ARCHITECTURES
+from vllm_layerskip.models.select import select_model
 from vllm_layerskip.options import (
     CONFIG_BLOCK,
     DraftVocabFile,
@@ -41,6 +41,8 @@ WORKER_EXTENSION = "vllm_layerskip.worker_extension.LayerSkipWorkerExtension"
 class LayerSkipConfig(SpeculativeConfig):
     """Self-speculative decoding with the first ``exit_layer`` layers of the target."""
 
+    model_class: str = ""
+    """Name of the target's class in vLLM's registry."""
     exit_layer: int = 0
     """E: number of layers that draft, 1 <= E < L."""
     reuse_exit_states: bool = True
@@ -61,11 +63,8 @@ class LayerSkipConfig(SpeculativeConfig):
 
     def _use_layerskip_model_class(self) -> None:
         """Have this engine's target load our model class; other engines keep vLLM's."""
-        hf_config = self.target_model_config.hf_config
-        model = SUPPORTED_ARCHITECTURES.get(hf_config.architectures[0])
-        if model is not None:
-            hf_config.architectures = [model.architecture]
-            self.update_arch_()
+        self.target_model_config.hf_config.architectures = [self.model_class]
+        self.update_arch_()
 
     @property
     def max_num_new_slots_for_drafting(self) -> int:
@@ -100,7 +99,7 @@ def build_config(
         ValueError: an option is wrong, or LayerSkip does not support the model or an
             engine setting; the message says what to change.
     """
-    _check_model(target_model_config)
+    model = select_model(target_model_config)
     _check_engine(engine_args, target_parallel_config)
     _check_runner()
     options: LayerSkipOptions = resolve_options(
@@ -111,6 +110,7 @@ def build_config(
     return LayerSkipConfig(
         target_model_config=target_model_config,
         target_parallel_config=target_parallel_config,
+        model_class=model.architecture,
         exit_layer=options.exit_layer,
         num_speculative_tokens=options.num_speculative_tokens,
         reuse_exit_states=options.reuse_exit_states,
@@ -134,27 +134,6 @@ def _read_draft_vocab(file: DraftVocabFile | None, model_config: Any) -> DraftVo
             f"{file.source}: the checkpoint {model_config.model!r} has no such file. {REMEDY}"
         )
     return parse_draft_vocab(content, file.source, vocab_size)
-
-
-def _check_model(model_config: Any) -> None:
-    architectures = list(getattr(model_config.hf_config, "architectures", None) or ())
-    if not architectures or architectures[0] not in SUPPORTED_ARCHITECTURES:
-        raise ValueError(
-            f"LayerSkip does not support the architecture {architectures} of model "
-            f"{model_config.model!r}. Supported: {', '.join(sorted(SUPPORTED_ARCHITECTURES))}. "
-            "Use another speculative method, or a model of a supported architecture."
-        )
-    if model_config.runner_type != "generate":
-        raise ValueError(
-            f"LayerSkip drafts text, but the engine runs with runner={model_config.runner_type!r}. "
-            "Leave speculative_config out, or set runner='generate'."
-        )
-    layer_types = getattr(model_config.hf_config, "layer_types", None) or ()
-    if any(kind != "full_attention" for kind in layer_types):
-        raise ValueError(
-            f"LayerSkip supports full attention in every layer; config.json has "
-            f"layer_types={sorted(set(layer_types))}. Use another speculative method."
-        )
 
 
 def _check_engine(engine_args: Any, parallel_config: Any) -> None:

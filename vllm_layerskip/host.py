@@ -2,8 +2,9 @@
 """Every place where this plugin touches vLLM's internals, as data and as wrappers.
 
 ``CONTACTS`` names what we call, override or wrap, with the parameters that we rely on;
-``check_contacts`` compares it with the vLLM that is installed, and
-``tests/unit/test_host.py`` walks it. The wrappers delegate to the wrapped function for every
+``check_contacts`` compares it with the vLLM that is installed. ``model_contacts`` does the
+same for the classes of one model, which are checked when such a model is asked for.
+``tests/unit/test_host.py`` walks ``all_contacts()``. The wrappers delegate to the wrapped function for every
 engine that did not ask for LayerSkip; none replaces host code.
 
 Importing this module imports no vLLM.
@@ -19,6 +20,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from vllm_layerskip.models import SUPPORTED_ARCHITECTURES, VllmModel
 
 SUPPORTED_VLLM = (0, 32), (0, 34)
 """First supported and first unsupported (major, minor)."""
@@ -74,6 +77,16 @@ CONTACTS: tuple[HostContact, ...] = (
         "vllm.model_executor.models.registry:ModelRegistry.register_model",
         ("model_arch", "model_cls"),
         "called: registers our model classes",
+    ),
+    HostContact(
+        "vllm.model_executor.models.registry:_LazyRegisteredModel",
+        ("module_name", "class_name"),
+        "read: which class stands behind an architecture",
+    ),
+    HostContact(
+        "vllm.model_executor.models.registry:_BaseRegisteredModel.load_model_cls",
+        ("self",),
+        "called: the same, for a class that was registered as an object",
     ),
     # Config.
     HostContact(f"{_CONFIG}.__post_init__", ("self",), "overridden: carrier is draft_model"),
@@ -210,16 +223,6 @@ CONTACTS: tuple[HostContact, ...] = (
         "vllm.model_executor.layers.logits_processor:LogitsProcessor.get_top_tokens",
         ("self", "lm_head", "hidden_states", "embedding_bias"),
         "called; a copy of the processor gets another vocab_size and org_vocab_size",
-    ),
-    HostContact(
-        "vllm.model_executor.models.llama:LlamaForCausalLM.compute_logits",
-        ("self", "hidden_states"),
-        "called with lm_head and logits_processor replaced",
-    ),
-    HostContact(
-        "vllm.model_executor.models.llama:LlamaForCausalLM.load_weights",
-        ("self", "weights"),
-        "extended: counts",
     ),
     HostContact("vllm.distributed:tensor_model_parallel_all_reduce", ("input_",), "called"),
     HostContact(
@@ -389,17 +392,12 @@ CONTACTS: tuple[HostContact, ...] = (
         )
     ),
     # Model.
-    HostContact(
-        "vllm.model_executor.models.llama:LlamaForCausalLM.forward",
-        ("self", "input_ids", "positions", "intermediate_tensors", "inputs_embeds"),
-        "overridden: early stage, then late stage",
-    ),
-    HostContact(
-        "vllm.model_executor.models.llama:LlamaDecoderLayer.forward",
-        ("self", "positions", "hidden_states", "residual"),
-        "called by the stages",
-    ),
     HostContact("vllm.compilation.decorators:support_torch_compile", (), "decorates the stages"),
+    HostContact(
+        "vllm.compilation.decorators:ignore_torch_compile",
+        (),
+        "decorates models that vLLM compiles as a whole",
+    ),
     HostContact("vllm.compilation.backends:set_model_tag", ("tag",), "names a compiled stage"),
     HostContact(
         "vllm.model_executor.models.utils:extract_layer_index",
@@ -407,6 +405,38 @@ CONTACTS: tuple[HostContact, ...] = (
         "tells early attention layers from late ones",
     ),
 )
+
+
+def model_contacts(model: VllmModel) -> tuple[HostContact, ...]:
+    """What a class of ours touches of the model that it derives from."""
+    causal_lm, inputs = model.causal_lm, ("self", "input_ids", "positions")
+    return (
+        HostContact(f"{causal_lm}.__init__", ("self", "vllm_config", "prefix"), "called"),
+        HostContact(
+            f"{causal_lm}.forward",
+            (*inputs, "intermediate_tensors", "inputs_embeds"),
+            "overridden: early stage, then late stage",
+        ),
+        HostContact(
+            f"{causal_lm}.compute_logits",
+            ("self", "hidden_states"),
+            "called with lm_head and logits_processor replaced",
+        ),
+        HostContact(f"{causal_lm}.load_weights", ("self", "weights"), "extended: counts"),
+        HostContact(
+            f"{model.backbone}.embed_input_ids", ("self", "input_ids"), "called by the early stage"
+        ),
+        HostContact(
+            f"{model.layer}.forward", ("self", *model.layer_parameters), "called by the stages"
+        ),
+    )
+
+
+def all_contacts() -> tuple[HostContact, ...]:
+    """``CONTACTS`` and the contacts of every supported model, each once."""
+    models = dict.fromkeys(model.vllm for model in SUPPORTED_ARCHITECTURES.values() if model.vllm)
+    contacts = (contact for model in models for contact in model_contacts(model))
+    return tuple({contact.path: contact for contact in (*CONTACTS, *contacts)}.values())
 
 
 def vllm_version() -> str:
@@ -470,6 +500,40 @@ def check_contacts() -> tuple[str, ...]:
     """Everything in ``CONTACTS`` that the installed vLLM does not satisfy."""
     problems = (contact_problem(contact) for contact in CONTACTS)
     return tuple(problem for problem in problems if problem is not None)
+
+
+def require_model(architecture: str, model: VllmModel) -> None:
+    """Raises RuntimeError when ``architecture`` is not the class that ours was written for."""
+    registered = registered_class(architecture)
+    if registered != model.causal_lm:
+        raise RuntimeError(
+            f"LayerSkip runs {architecture} with a class derived from {model.causal_lm}, but "
+            f"vLLM's registry has {registered} under that name, registered by another plugin or "
+            "by model_class_overrides. Derive an early-exit class from that one and register it "
+            "(docs/adding-an-architecture.md), or leave speculative_config out."
+        )
+    problems = [problem for problem in map(contact_problem, model_contacts(model)) if problem]
+    if problems:
+        raise RuntimeError(
+            f"LayerSkip does not fit {architecture} of the installed vLLM {vllm_version()}: "
+            f"{'; '.join(problems)}. Install a released vLLM of the supported range, or update "
+            "vllm-layerskip."
+        )
+
+
+def registered_class(architecture: str) -> str:
+    """``module:class`` that vLLM runs for an architecture.
+
+    Raises:
+        KeyError: vLLM does not know the architecture.
+    """
+    from vllm.model_executor.models.registry import ModelRegistry, _LazyRegisteredModel
+
+    model = ModelRegistry.models[architecture]
+    if isinstance(model, _LazyRegisteredModel):
+        return f"{model.module_name}:{model.class_name}"
+    model_class = model.load_model_cls()
+    return f"{model_class.__module__}:{model_class.__qualname__}"
 
 
 def require_supported_vllm() -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A decoder cut at the exit layer: early stage, late stage, exit head.
 
-Written once for every dense decoder of vLLM whose backbone has ``embed_input_ids``,
-``layers`` and ``norm`` and whose layers are called ``layer(positions, hidden_states,
-residual)``.
+Written once for every dense decoder of vLLM. What families do differently between their
+layers (how embeddings are scaled, whether the residual stream is a pair, what the last norm
+takes) are the three methods of ``Decoder`` that a family may override.
 
 The two stages are separate compiled units: one graph for the whole model could not be
 entered in the middle. They hold the backbone's own layer modules and are kept outside of
@@ -37,24 +37,71 @@ if TYPE_CHECKING:
     from vllm_layerskip.exit_states import ExitStates
 
 
+class Decoder:
+    """The loop over the layers of a vLLM model, in parts; the defaults are Llama's.
+
+    Each part calls the model's own modules, with what vLLM's own loop would pass.
+    """
+
+    model: Any
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,  # [T]
+    ) -> torch.Tensor:
+        """``[T, H]``: what the first layer takes."""
+        return self.model.embed_input_ids(input_ids)
+
+    def run_layer(
+        self,
+        layer: nn.Module,
+        positions: torch.Tensor,  # [T]
+        hidden_states: torch.Tensor,  # [T, H]
+        residual: torch.Tensor | None,  # [T, H]; None before the first layer
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``[T, H]`` each; the second is None if the first is the whole residual stream."""
+        return layer(positions, hidden_states, residual)
+
+    def final_norm(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """``[T, H]``: what ``compute_logits`` takes. May overwrite its arguments."""
+        return self.model.norm(hidden_states, residual)[0]
+
+
+class StreamDecoder(Decoder):
+    """Layers take and return the residual stream as one tensor."""
+
+    def run_layer(
+        self,
+        layer: nn.Module,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return layer(positions, hidden_states), None
+
+    def final_norm(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.model.norm(hidden_states)
+
+
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
 class EarlyStage(nn.Module):
     """Embedding and layers 0..E-1."""
 
-    def __init__(self, *, vllm_config: VllmConfig, backbone: nn.Module, exit_layer: int) -> None:
+    def __init__(self, *, vllm_config: VllmConfig, model: Any, exit_layer: int) -> None:
         super().__init__()
-        self.embed_tokens = backbone.embed_tokens
-        self.layers = nn.ModuleList(backbone.layers[:exit_layer])
+        self.layers = nn.ModuleList(model.model.layers[:exit_layer])
+        self._embed, self._run_layer = model.embed, model.run_layer
 
     def forward(
         self,
         input_ids: torch.Tensor,  # [T]
         positions: torch.Tensor,  # [T]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden_states, residual = self.embed_tokens(input_ids), None
+        hidden_states, residual = self._embed(input_ids), None
         for layer in self.layers:
-            hidden_states, residual = layer(positions, hidden_states, residual)
-        assert residual is not None
+            hidden_states, residual = self._run_layer(layer, positions, hidden_states, residual)
+        if residual is None:
+            residual = torch.zeros_like(hidden_states)
         return hidden_states, residual  # [T, H] each: the exit state
 
 
@@ -62,10 +109,10 @@ class EarlyStage(nn.Module):
 class LateStage(nn.Module):
     """Layers E..L-1 and the final norm."""
 
-    def __init__(self, *, vllm_config: VllmConfig, backbone: nn.Module, exit_layer: int) -> None:
+    def __init__(self, *, vllm_config: VllmConfig, model: Any, exit_layer: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(backbone.layers[exit_layer:])
-        self.norm = backbone.norm
+        self.layers = nn.ModuleList(model.model.layers[exit_layer:])
+        self._run_layer, self._final_norm = model.run_layer, model.final_norm
 
     def forward(
         self,
@@ -74,12 +121,11 @@ class LateStage(nn.Module):
         residual: torch.Tensor,  # [T, H]
     ) -> torch.Tensor:
         for layer in self.layers:
-            hidden_states, residual = layer(positions, hidden_states, residual)
-        hidden_states, _ = self.norm(hidden_states, residual)
-        return hidden_states  # [T, H]
+            hidden_states, residual = self._run_layer(layer, positions, hidden_states, residual)
+        return self._final_norm(hidden_states, residual)  # [T, H]
 
 
-class LayerSkipForCausalLM(ExitHead, nn.Module):
+class LayerSkipForCausalLM(ExitHead, Decoder, nn.Module):
     """Mixin before a ``*ForCausalLM`` of vLLM: its forward in two stages."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
@@ -97,7 +143,7 @@ class LayerSkipForCausalLM(ExitHead, nn.Module):
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         self.exit_layer = config.exit_layer
         self.exit_states: ExitStates | None = None  # Set by the speculator.
-        parts = {"vllm_config": vllm_config, "backbone": self.model, "exit_layer": self.exit_layer}
+        parts = {"vllm_config": vllm_config, "model": self, "exit_layer": self.exit_layer}
         with set_model_tag("layerskip_early"):
             early_stage = EarlyStage(**parts)
         with set_model_tag("layerskip_late"):
@@ -118,7 +164,7 @@ class LayerSkipForCausalLM(ExitHead, nn.Module):
 
     def exit_norm(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """The exit head up to the LM head. May overwrite its arguments."""
-        return self.model.norm(hidden_states, residual)[0]
+        return self.final_norm(hidden_states, residual)
 
     def forward(
         self,
@@ -168,6 +214,19 @@ class LayerSkipForCausalLM(ExitHead, nn.Module):
             last_residual,
             num_tokens=positions.shape[0],
         )
+
+
+class EmbeddingHead:
+    """Mixin before ``LayerSkipForCausalLM`` for a model that has no LM head of its own and
+    takes its embedding for one."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+        # The same module under the name that a draft vocabulary's head takes.
+        self.lm_head = self.model.embed_tokens  # type: ignore[attr-defined]
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        return self.logits_processor(self.lm_head, hidden_states)  # type: ignore[attr-defined]
 
 
 def _late_stage_inputs(vllm_config: VllmConfig) -> torch.Tensor:
