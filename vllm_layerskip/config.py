@@ -41,8 +41,8 @@ WORKER_EXTENSION = "vllm_layerskip.worker_extension.LayerSkipWorkerExtension"
 class LayerSkipConfig(SpeculativeConfig):
     """Self-speculative decoding with the first ``exit_layer`` layers of the target."""
 
-    model_class: str = ""
-    """Name of the target's class in vLLM's registry."""
+    architecture: str = ""
+    """Name of the target's class in vLLM's registry; empty to leave what it is."""
     exit_layer: int = 0
     """E: number of layers that draft, 1 <= E < L."""
     reuse_exit_states: bool = True
@@ -63,8 +63,9 @@ class LayerSkipConfig(SpeculativeConfig):
 
     def _use_layerskip_model_class(self) -> None:
         """Have this engine's target load our model class; other engines keep vLLM's."""
-        self.target_model_config.hf_config.architectures = [self.model_class]
-        self.update_arch_()
+        if self.architecture:
+            self.target_model_config.hf_config.architectures = [self.architecture]
+            self.update_arch_()
 
     @property
     def max_num_new_slots_for_drafting(self) -> int:
@@ -110,7 +111,7 @@ def build_config(
     return LayerSkipConfig(
         target_model_config=target_model_config,
         target_parallel_config=target_parallel_config,
-        model_class=model.architecture,
+        architecture=model.architecture,
         exit_layer=options.exit_layer,
         num_speculative_tokens=options.num_speculative_tokens,
         reuse_exit_states=options.reuse_exit_states,

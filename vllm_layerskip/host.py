@@ -4,8 +4,8 @@
 ``CONTACTS`` names what we call, override or wrap, with the parameters that we rely on;
 ``check_contacts`` compares it with the vLLM that is installed. ``model_contacts`` does the
 same for the classes of one model, which are checked when such a model is asked for.
-``tests/unit/test_host.py`` walks ``all_contacts()``. The wrappers delegate to the wrapped function for every
-engine that did not ask for LayerSkip; none replaces host code.
+``tests/unit/test_host.py`` walks ``all_contacts()``. The wrappers delegate to the wrapped
+function for every engine that did not ask for LayerSkip; none replaces host code.
 
 Importing this module imports no vLLM.
 """

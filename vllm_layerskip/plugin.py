@@ -37,7 +37,7 @@ def register() -> None:
 def _register_models() -> None:
     from vllm.model_executor.models.registry import ModelRegistry
 
-    for model in SUPPORTED_ARCHITECTURES.values():
+    for model in dict.fromkeys(SUPPORTED_ARCHITECTURES.values()):
         ModelRegistry.register_model(model.architecture, model.path)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,23 @@ def pool() -> Iterator[EnginePool]:
     pool = EnginePool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="module")
+def many_small_engines() -> Iterator[None]:
+    """Drops what vLLM does for each engine and what costs more than a tiny model's tokens."""
+    import torch._dynamo
+    from vllm.model_executor.models import registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        # A process for each class that was not seen before.
+        patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
+        # Full collections of a heap that holds vLLM, transformers and torch.
+        patch.setattr(gc, "collect", lambda *args: 0)
+        # Command R compiles its norm by itself.
+        patch.setattr(torch._dynamo.config, "disable", True)
+        yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

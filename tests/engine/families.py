@@ -62,9 +62,7 @@ FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family("LlamaConfig"),
     "LLaMAForCausalLM": Family("LlamaConfig", {"tie_word_embeddings": True}),
     "MistralForCausalLM": Family("MistralConfig", {"sliding_window": None}),
-    "Ministral3ForCausalLM": Family(
-        "Ministral3Config", {"head_dim": 32, "rope_parameters": YARN}
-    ),
+    "Ministral3ForCausalLM": Family("Ministral3Config", {"head_dim": 32, "rope_parameters": YARN}),
     "Qwen2ForCausalLM": Family("Qwen2Config"),
     "Qwen3ForCausalLM": Family("Qwen3Config", {"head_dim": 32, "tie_word_embeddings": True}),
     # vLLM's class takes Qwen2's weights and config; transformers has none of its own.

@@ -7,8 +7,6 @@ makes of them, a head that drafts differ from, and a stage that loses a layer.
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 from engines import EnginePool
 from families import FAMILIES, random_checkpoint
@@ -16,21 +14,7 @@ from families import FAMILIES, random_checkpoint
 PROMPTS = [[0, *range(3, 3 + length)] for length in (4, 21, 40)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def many_small_engines():
-    """What vLLM does for each engine and what costs more than all of its tokens here."""
-    import torch._dynamo
-    from vllm.model_executor.models import registry
-
-    with pytest.MonkeyPatch.context() as patch:
-        # A process for each class that was not seen before.
-        patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
-        # Full collections of a heap that holds vLLM, transformers and torch.
-        patch.setattr(gc, "collect", lambda *args: 0)
-        # Command R compiles its norm by itself.
-        patch.setattr(torch._dynamo.config, "disable", True)
-        yield
-    gc.collect()
+pytestmark = pytest.mark.usefixtures("many_small_engines")
 
 
 @pytest.fixture
@@ -52,7 +36,6 @@ def test_greedy_equals_plain_decoding(engines, tmp_path, architecture):
         engine.reset_prefix_cache()
         with engine.counting() as counts:
             assert engine.greedy(PROMPTS, max_tokens=20) == expected
-        print(architecture, counts.num_accepted_tokens, counts.num_draft_tokens)
         counts.assert_speculated()
         assert counts.num_accepted_tokens < counts.num_draft_tokens, "nothing was rejected"
         assert (counts.num_verify_steps_reused > 0) == reuse

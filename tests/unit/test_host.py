@@ -9,17 +9,26 @@ import pytest
 
 from vllm_layerskip import host
 from vllm_layerskip.host import HostContact
+from vllm_layerskip.models import SUPPORTED_ARCHITECTURES
 
 
-@pytest.mark.parametrize("contact", host.CONTACTS, ids=lambda contact: contact.path)
+@pytest.mark.parametrize("contact", host.all_contacts(), ids=lambda contact: contact.path)
 def test_the_installed_vllm_has_what_we_touch(contact):
     assert host.contact_problem(contact) is None
 
 
 def test_every_contact_is_listed_once_and_says_why():
+    assert {contact.path for contact in host.CONTACTS} <= {c.path for c in host.all_contacts()}
     paths = [contact.path for contact in host.CONTACTS]
     assert len(set(paths)) == len(paths)
     assert all(contact.why for contact in host.CONTACTS)
+
+
+def test_the_contacts_of_every_model_are_listed():
+    paths = {contact.path for contact in host.all_contacts()}
+    for model in SUPPORTED_ARCHITECTURES.values():
+        for path in (f"{model.vllm.causal_lm}.forward", f"{model.vllm.layer}.forward"):
+            assert path in paths
 
 
 def test_the_installed_vllm_is_supported():
