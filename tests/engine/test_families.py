@@ -7,9 +7,11 @@ makes of them, a head that drafts differ from, and a stage that loses a layer.
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from engines import EnginePool
-from families import FAMILIES, random_checkpoint
+from families import FAMILIES, TINY, random_checkpoint
 
 PROMPTS = [[0, *range(3, 3 + length)] for length in (4, 21, 40)]
 
@@ -39,3 +41,31 @@ def test_greedy_equals_plain_decoding(engines, tmp_path, architecture):
         counts.assert_speculated()
         assert counts.num_accepted_tokens < counts.num_draft_tokens, "nothing was rejected"
         assert (counts.num_verify_steps_reused > 0) == reuse
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "Gemma2ForCausalLM",  # The embedding as head, and a soft cap.
+        "CohereForCausalLM",  # The embedding as head, and a scale.
+        "MiMoForCausalLM",  # A norm in front of the head.
+        "GraniteForCausalLM",  # A scale.
+    ],
+)
+def test_a_draft_vocabulary_of_all_ids_drafts_the_same(engines, tmp_path, architecture):
+    """The draft head's logits and argmax are those of the model's own head."""
+    model = random_checkpoint(tmp_path / "model", architecture)
+    (tmp_path / "ids").write_text(json.dumps(list(range(TINY["vocab_size"]))))
+    drafts = []
+    for spec in (
+        {},
+        {"draft_vocab": str(tmp_path / "ids")},
+        {"draft_vocab": str(tmp_path / "ids"), "draft_sample_method": "probabilistic"},
+    ):
+        engine = engines.layerskip(model, 2, 3, spec=spec)
+        with engine.counting() as counts:
+            tokens = engine.greedy(PROMPTS, max_tokens=20)
+        counts.assert_speculated()
+        drafts.append((tokens, counts.drafts))
+    assert drafts[1] == drafts[0]
+    assert drafts[2] == drafts[0]

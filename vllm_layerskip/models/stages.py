@@ -45,12 +45,12 @@ class Decoder:
 
     model: Any
 
-    def embed(
+    def scale_embeds(
         self,
-        input_ids: torch.Tensor,  # [T]
+        inputs_embeds: torch.Tensor,  # [T, H]
     ) -> torch.Tensor:
         """``[T, H]``: what the first layer takes."""
-        return self.model.embed_input_ids(input_ids)
+        return inputs_embeds
 
     def run_layer(
         self,
@@ -90,14 +90,16 @@ class EarlyStage(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, model: Any, exit_layer: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(model.model.layers[:exit_layer])
-        self._embed, self._run_layer = model.embed, model.run_layer
+        self._embed_input_ids = model.model.embed_input_ids
+        self._scale_embeds, self._run_layer = model.scale_embeds, model.run_layer
 
     def forward(
         self,
         input_ids: torch.Tensor,  # [T]
         positions: torch.Tensor,  # [T]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden_states, residual = self._embed(input_ids), None
+        hidden_states = self._scale_embeds(self._embed_input_ids(input_ids))
+        residual = None
         for layer in self.layers:
             hidden_states, residual = self._run_layer(layer, positions, hidden_states, residual)
         if residual is None:

@@ -16,8 +16,8 @@ from vllm_layerskip.models.stages import LayerSkipForCausalLM, StreamDecoder
 class LayerSkipGraniteForCausalLM(StreamDecoder, LayerSkipForCausalLM, GraniteForCausalLM):
     """Multipliers of embeddings, residuals, attention and logits."""
 
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return super().embed(input_ids) * self.config.embedding_multiplier
+    def scale_embeds(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        return inputs_embeds * self.config.embedding_multiplier
 
 
 class _UnusedResidual(StreamDecoder):
@@ -38,8 +38,8 @@ class LayerSkipHyperCLOVAXForCausalLM(
 ):
     """Multipliers as in Granite, and norms behind each block."""
 
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return super().embed(input_ids) * self.config.embedding_multiplier
+    def scale_embeds(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        return inputs_embeds * self.config.embedding_multiplier
 
 
 class LayerSkipExaone4ForCausalLM(_UnusedResidual, LayerSkipForCausalLM, Exaone4ForCausalLM):
