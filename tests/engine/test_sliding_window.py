@@ -9,7 +9,7 @@ another group, one that reads a freed block, and a window that counts draft posi
 from __future__ import annotations
 
 import pytest
-from engines import EnginePool
+from engines import ON_GPU, EnginePool
 from families import WINDOW, random_checkpoint
 from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
@@ -178,3 +178,25 @@ def test_chunked_prefill(pool, checkpoint_of, name):
     counts.assert_speculated()
     assert counts.num_verify_steps_full > 0, "no step mixed prefill with verification"
     assert counts.num_verify_steps_reused > 0
+
+
+@pytest.mark.skipif(ON_GPU, reason="on a GPU every engine here has its graphs")
+@pytest.mark.parametrize("name", ["interleaved", "early-window-only"])
+def test_graphs_refresh_every_kv_cache_group(pool, checkpoint_of, name):
+    """Draft and verify graphs with two groups, for a batch of two and for a padded one."""
+    import stand_in_graphs  # It patches vLLM's CPU attention.
+
+    model, exit_layer = checkpoint_of(name)
+    plain = pool.get(model, block_size=BLOCK_SIZE)
+    batches = (PROMPTS[:2], PROMPTS[1:])
+    expected = [plain.greedy(batch, max_tokens=70) for batch in batches]
+    own_pool = EnginePool()
+    with stand_in_graphs.stand_in_graphs():
+        engine = own_pool.layerskip(model, exit_layer, 3, block_size=BLOCK_SIZE)
+        stand_in_graphs.capture(engine.runner, [1, 2, 4, 8, 16])
+        for batch, tokens in zip(batches, expected, strict=True):
+            with engine.counting() as counts:
+                assert engine.greedy(batch, max_tokens=70) == tokens
+            counts.assert_speculated()
+            assert counts.num_verify_steps_reused > counts.num_verify_steps_full
+        own_pool.close()
