@@ -8,11 +8,16 @@ another group, one that reads a freed block, and a window that counts draft posi
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from engines import ON_GPU, EnginePool
 from families import WINDOW, random_checkpoint
 from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager, ModelCudaGraphManager
+
+from vllm_layerskip.draft_graphs import DraftCudaGraphManager
 
 BLOCK_SIZE = 32
 PROMPTS = [[0, *(3 + (7 * i) % 50 for i in range(length))] for length in (4, 37, 70, 95)]
@@ -116,22 +121,19 @@ def test_generation_past_the_window(pool: EnginePool, checkpoint_of, name):
     engine.vllm_config.speculative_config.reuse_exit_states = True
 
 
-@pytest.mark.parametrize("name", ["uniform", "interleaved"])
-def test_preempted_requests(pool, checkpoint_of, name):
+@pytest.mark.parametrize(("name", "num_blocks"), [("uniform", 7), ("interleaved", 16)])
+def test_preempted_requests(pool, checkpoint_of, name, num_blocks):
     model, exit_layer = checkpoint_of(name)
-    roomy = {"block_size": BLOCK_SIZE, "enable_prefix_caching": False}
+    roomy = {"block_size": BLOCK_SIZE, "enable_prefix_caching": False, "max_model_len": 192}
     plain = pool.get(model, **roomy)
     expected = [plain.greedy([prompt], max_tokens=70)[0] for prompt in PROMPTS]
-    tight = {**roomy, "num_gpu_blocks_override": NUM_TIGHT_BLOCKS[name]}
+    tight = {**roomy, "num_gpu_blocks_override": num_blocks}
     engine = pool.layerskip(model, exit_layer, 4, **tight)
     with engine.counting() as counts:
         assert engine.greedy(PROMPTS, max_tokens=70) == expected
     assert counts.num_preemptions > 0, "nothing was preempted"
     counts.assert_speculated()
     assert counts.num_verify_steps_reused > 0
-
-
-NUM_TIGHT_BLOCKS = {"uniform": 10, "interleaved": 16}
 
 
 def cached_tokens(engine, prompts, max_tokens):
@@ -149,7 +151,8 @@ def cached_tokens(engine, prompts, max_tokens):
 def test_prefix_cache(pool, checkpoint_of, name):
     """Hits equal plain vLLM's, also on blocks that were filled while drafting."""
     model, exit_layer = checkpoint_of(name)
-    settings = {"block_size": BLOCK_SIZE}
+    # By default vLLM keeps no block of a window but a prompt's last ones.
+    settings = {"block_size": BLOCK_SIZE, "prefix_cache_retention_interval": BLOCK_SIZE}
     plain = pool.get(model, **settings)
     plain.reset_prefix_cache()
     first = PROMPTS[2]
@@ -180,23 +183,37 @@ def test_chunked_prefill(pool, checkpoint_of, name):
     assert counts.num_verify_steps_reused > 0
 
 
-@pytest.mark.skipif(ON_GPU, reason="on a GPU every engine here has its graphs")
-@pytest.mark.parametrize("name", ["interleaved", "early-window-only"])
-def test_graphs_refresh_every_kv_cache_group(pool, checkpoint_of, name):
-    """Draft and verify graphs with two groups, for a batch of two and for a padded one."""
+@pytest.fixture(scope="module")
+def tapes():
+    """On a CPU tapes stand in for graphs; engines that were captured need them to the end."""
     import stand_in_graphs  # It patches vLLM's CPU attention.
 
+    with stand_in_graphs.stand_in_graphs():
+        yield stand_in_graphs
+
+
+@pytest.mark.skipif(ON_GPU, reason="on a GPU every engine here has its graphs")
+@pytest.mark.parametrize("name", ["interleaved", "early-window-only"])
+def test_graphs_refresh_every_kv_cache_group(pool, checkpoint_of, tapes, monkeypatch, name):
+    """Draft and verify graphs with two groups, for a batch of two and for a padded one."""
     model, exit_layer = checkpoint_of(name)
     plain = pool.get(model, block_size=BLOCK_SIZE)
     batches = (PROMPTS[:2], PROMPTS[1:])
     expected = [plain.greedy(batch, max_tokens=70) for batch in batches]
-    own_pool = EnginePool()
-    with stand_in_graphs.stand_in_graphs():
-        engine = own_pool.layerskip(model, exit_layer, 3, block_size=BLOCK_SIZE)
-        stand_in_graphs.capture(engine.runner, [1, 2, 4, 8, 16])
-        for batch, tokens in zip(batches, expected, strict=True):
-            with engine.counting() as counts:
-                assert engine.greedy(batch, max_tokens=70) == tokens
-            counts.assert_speculated()
-            assert counts.num_verify_steps_reused > counts.num_verify_steps_full
-        own_pool.close()
+    engine = pool.layerskip(model, exit_layer, 3, block_size=BLOCK_SIZE)
+    tapes.capture(engine.runner, [1, 2, 4, 8, 16])
+    replays: Counter[type] = Counter()
+    run_fullgraph = CudaGraphManager.run_fullgraph
+
+    def counted(self, desc):
+        replays[type(self)] += 1
+        return run_fullgraph(self, desc)
+
+    monkeypatch.setattr(CudaGraphManager, "run_fullgraph", counted)
+    for batch, tokens in zip(batches, expected, strict=True):
+        with engine.counting() as counts:
+            assert engine.greedy(batch, max_tokens=70) == tokens
+        counts.assert_speculated()
+        assert counts.num_verify_steps_reused > counts.num_verify_steps_full
+    assert replays[DraftCudaGraphManager] > 0
+    assert replays[ModelCudaGraphManager] > 0
