@@ -156,7 +156,7 @@ class TrainConfig:
 
     @classmethod
     def from_yaml(cls, path: Path) -> TrainConfig:
-        import yaml
+        import yaml  # type: ignore[import-untyped]
 
         try:
             text = path.read_text(encoding="utf-8")

@@ -11,8 +11,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
+from datasets import (  # type: ignore[import-untyped]
+    Dataset,
+    DatasetDict,
+    Features,
+    List,
+    Value,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.exceptions import DatasetGenerationError  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
 from vllm_layerskip.commands import UserError
@@ -162,8 +170,8 @@ def _open_dataset(source: Source, key: str) -> Records:
     except Exception as error:  # The loaders of datasets raise whatever their scripts raise.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{key}: {name!r} (name {source.name!r}, split {split!r}) could not be loaded: {reason} "
-            "Give a dataset's name on the hub, or a folder; check name and split."
+            f"{key}: {name!r} (name {source.name!r}, split {split!r}) could not be loaded: "
+            f"{reason} Give a dataset's name on the hub, or a folder; check name and split."
         ) from None
 
     def read() -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -238,8 +246,8 @@ class Encoder:
         tokenizer = self.tokenizer
         if not tokenizer.chat_template or not tokenizer.is_fast:
             raise UserError(
-                f"{where}: chats need a fast tokenizer with a chat template, and model.tokenizer is "
-                "none. Name another, or use prompts and responses."
+                f"{where}: chats need a fast tokenizer with a chat template, and this one is none. "
+                "Name another in model.tokenizer, or use prompts and responses."
             )
         try:
             text = self._render(messages)

@@ -55,9 +55,9 @@ def around_layers(model: nn.Module, around: AroundLayer) -> Iterator[None]:
     layers = list(model.model.layers)
     classes = [type(layer) for layer in layers]
     try:
-        for index, layer in enumerate(layers):
+        for index, (layer, cls) in enumerate(zip(layers, classes, strict=True)):
             # A call looks `__call__` up in the class, so the class is what must change.
-            layer.__class__ = _intercepted(type(layer))
+            layer.__class__ = _intercepted(cls)
             object.__setattr__(layer, "_layerskip_around", functools.partial(around, index))
         yield
     finally:
@@ -67,7 +67,7 @@ def around_layers(model: nn.Module, around: AroundLayer) -> Iterator[None]:
 
 
 @functools.cache
-def _intercepted(cls: type[nn.Module]) -> type[nn.Module]:
+def _intercepted(cls: type) -> type[nn.Module]:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         around = self.__dict__["_layerskip_around"]
         output = around(functools.partial(cls.__call__, self), *args, **kwargs)

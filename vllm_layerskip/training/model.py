@@ -85,7 +85,7 @@ def _new_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pretr
         "pad_token_id": tokenizer.pad_token_id,
     }
     try:
-        return AutoConfig.for_model(model.model_type, **defaults | model.config)
+        return AutoConfig.for_model(model.model_type, **{**defaults, **model.config})
     except (TypeError, ValueError) as error:
         raise UserError(f"model.config: {_first_line(error)}. Correct the value.") from None
 
@@ -102,11 +102,11 @@ def check_model(
     Raises:
         UserError: it names the key.
     """
-    num_layers = getattr(config, "num_hidden_layers", None)
     try:
         check_decoder(build_empty(config))
     except ValueError as error:
         raise UserError(f"model: {_first_line(error)}") from None
+    num_layers = config.num_hidden_layers
     try:
         recipe.check_depth(num_layers)
     except ValueError as error:
@@ -170,8 +170,8 @@ def load_model(model: ModelConfig, config: PretrainedConfig, seed: int) -> PreTr
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(
-            f"model.path: {model.path!r} lacks {len(missing)} weights, such as {missing[0]}. Name a "
-            "complete checkpoint of a causal language model."
+            f"model.path: {model.path!r} lacks {len(missing)} weights, such as {missing[0]}. Name "
+            "a complete checkpoint of a causal language model."
         )
     return loaded
 
@@ -189,7 +189,7 @@ def add_lora(model: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
     check_keys(lora, (item.name for item in dataclasses.fields(LoraConfig)), "lora")
     defaults = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
     try:
-        return get_peft_model(model, LoraConfig(**defaults | lora))
+        return get_peft_model(model, LoraConfig(**{**defaults, **lora}))
     except (TypeError, ValueError) as error:
         raise UserError(f"lora: {_first_line(error)} Correct the value.") from None
 

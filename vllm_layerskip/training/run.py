@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from vllm_layerskip.commands import UserError
-from vllm_layerskip.training import resume as resume_
 from vllm_layerskip.training.config import TrainConfig, check_keys
 from vllm_layerskip.training.data import Collator, load_samples
 from vllm_layerskip.training.model import (
@@ -27,6 +26,7 @@ from vllm_layerskip.training.model import (
     load_tokenizer,
 )
 from vllm_layerskip.training.output import layerskip_block, output_dtype, write_checkpoint
+from vllm_layerskip.training.resume import check_folders, run_facts, start_run
 from vllm_layerskip.training.trainer import LayerSkipTrainer, check_arguments
 
 
@@ -65,15 +65,12 @@ def train_here(
     Args:
         prepare: has the last word on the trainer before it starts.
     """
-    args = make_arguments(config)
-    tokenizer = load_tokenizer(config.model)
-    model_config = load_config(config.model, tokenizer)
-    check_model(model_config, config.recipe, config.output, tokenizer, config.data.seq_len)
-    run_folder = config.output.resolved_run_folder
+    args, tokenizer, model_config = _checked(config)
+    # One process prepares the folder that the others then read.
     with args.main_process_first(desc="output folder"):
         if args.process_index == 0:
-            resume_.check_folders(config, resume, overwrite)
-            resume_.start_run(run_folder, resume_.run_facts(config, args), resume)
+            _prepare_folders(config, args, args.world_size, resume, overwrite)
+    run_folder = config.output.resolved_run_folder
     checkpoint = get_last_checkpoint(run_folder) if resume else None
     with args.main_process_first(desc="data"):
         train_data = load_samples(config.data.train, config.data, tokenizer, "data.train")
@@ -118,6 +115,35 @@ def train_here(
         print(f"Wrote {config.output.folder}.", flush=True)
     trainer.accelerator.wait_for_everyone()
     return config.output.folder
+
+
+def check_run(config: TrainConfig, *, num_ranks: int, resume: bool, overwrite: bool) -> None:
+    """Make folders ready for ``num_ranks`` processes that will call ``train_here``, and refuse
+    what can be refused before they start.
+
+    Raises:
+        UserError: as ``train``.
+    """
+    args, _, _ = _checked(config)
+    _prepare_folders(config, args, num_ranks, resume, overwrite)
+
+
+def _checked(
+    config: TrainConfig,
+) -> tuple[TrainingArguments, PreTrainedTokenizerBase, PretrainedConfig]:
+    args = make_arguments(config)
+    tokenizer = load_tokenizer(config.model)
+    model_config = load_config(config.model, tokenizer)
+    check_model(model_config, config.recipe, config.output, tokenizer, config.data.seq_len)
+    return args, tokenizer, model_config
+
+
+def _prepare_folders(
+    config: TrainConfig, args: TrainingArguments, num_ranks: int, resume: bool, overwrite: bool
+) -> None:
+    check_folders(config, resume, overwrite)
+    facts = run_facts(config, args, num_ranks)
+    start_run(config.output.resolved_run_folder, facts, resume)
 
 
 def make_arguments(config: TrainConfig) -> TrainingArguments:
