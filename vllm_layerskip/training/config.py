@@ -64,7 +64,8 @@ class Source:
     """Where texts come from: exactly one of files, dataset and python_stdlib."""
 
     files: tuple[str, ...] = ()
-    """Text files (one document each), .jsonl files (one a line), or folders of such."""
+    """Text files (one document each), .jsonl files (one document a line), or folders: of these
+    every visible text file counts."""
     dataset: str | None = None
     """Of Hugging Face: a name, a folder of `load_dataset`, or one of `save_to_disk`."""
     name: str | None = None
@@ -73,6 +74,8 @@ class Source:
     """Of the dataset; default: train."""
     python_stdlib: Literal["train", "held_out"] | None = None
     """The running Python's standard library, without or with only the held-out modules."""
+    max_samples: int | None = None
+    """Stop after so many samples, in the order of the texts."""
 
     def check(self, key: str) -> None:
         given = [name for name in ("files", "dataset", "python_stdlib") if getattr(self, name)]
@@ -83,6 +86,8 @@ class Source:
             )
         if (self.name or self.split) and not self.dataset:
             raise UserError(f"{key}: name and split belong to dataset. Leave them out.")
+        if self.max_samples is not None and self.max_samples < 1:
+            raise UserError(f"{key}.max_samples={self.max_samples} must be at least 1.")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -68,7 +70,7 @@ def load_samples(
     def samples() -> Iterator[dict[str, list[int]]]:
         documents = (encoder.encode(record, where) for where, record in records.read())
         cut = pack(documents, data.seq_len) if data.packing else truncate(documents, data.seq_len)
-        for sample in cut:
+        for sample in itertools.islice(cut, source.max_samples):
             yield sample._asdict()
 
     settings = repr(replace(data, train=source, eval=None))
@@ -123,7 +125,7 @@ def _open_files(paths: Sequence[str], data: DataConfig, key: str) -> Records:
 
 
 def text_files(paths: Sequence[str], key: str) -> list[Path]:
-    """Files and the visible files of folders, in a fixed order.
+    """Files, and the visible text files of folders, in a fixed order.
 
     Raises:
         UserError: a path does not exist, or there is no file at all.
@@ -132,18 +134,29 @@ def text_files(paths: Sequence[str], key: str) -> list[Path]:
     for path in map(Path, paths):
         if path.is_dir():
             inside = (file for file in sorted(path.rglob("*")) if file.is_file())
-            files += [
+            visible = (
                 file
                 for file in inside
                 if not any(part.startswith(".") for part in file.relative_to(path).parts)
-            ]
+            )
+            files += [file for file in visible if _begins_as_text(file)]
         elif path.is_file():
             files.append(path)
         else:
             raise UserError(f"{key}: {path} is no file and no folder. Correct the path.")
     if not files:
-        raise UserError(f"{key}: there is no file in {', '.join(paths)}. Give files with text.")
+        raise UserError(f"{key}: there is no text in {', '.join(paths)}. Give files with text.")
     return files
+
+
+def _begins_as_text(file: Path) -> bool:
+    with file.open("rb") as content:
+        beginning = content.read(8192)
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(beginning)
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in beginning
 
 
 def _read_jsonl(file: Path, data: DataConfig, key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

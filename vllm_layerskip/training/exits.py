@@ -57,7 +57,7 @@ def around_layers(model: nn.Module, around: AroundLayer) -> Iterator[None]:
     try:
         for index, (layer, cls) in enumerate(zip(layers, classes, strict=True)):
             # A call looks `__call__` up in the class, so the class is what must change.
-            layer.__class__ = _intercepted(cls)
+            layer.__class__ = _intercepted(cls)  # type: ignore[arg-type]
             object.__setattr__(layer, "_layerskip_around", functools.partial(around, index))
         yield
     finally:

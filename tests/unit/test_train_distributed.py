@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Catch several processes that train something else than one does at the same global batch, or
+that hang because a rank dropped a layer for all of its samples."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from unit.training_runs import config, losses, settings, write_checkpoint, write_texts
+from vllm_layerskip.training.run import train
+
+pytestmark = pytest.mark.usefixtures("one_thread", "cache")
+
+# Dropout draws the same numbers on every rank, so it is not that of one large batch.
+SAME_BATCH = {"recipe": {"max_layer_dropout": 0.0}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distributed")
+    write_checkpoint(folder / "base")
+    write_texts(folder / "texts.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """One process, four samples a step."""
+    return train(config(folder / "alone", folder / "base", folder / "texts.jsonl", **SAME_BATCH))
+
+
+@pytest.fixture(scope="module")
+def two_processes(folder):
+    """``start(name, **sections)``: two processes of torchrun, two samples each."""
+
+    def start(name, **sections):
+        training = {"per_device_train_batch_size": 2, **sections.pop("training", {})}
+        values = settings(
+            folder / name,
+            folder / "base",
+            folder / "texts.jsonl",
+            training=training,
+            **sections,
+        )
+        (folder / name).mkdir()
+        path = folder / name / "config.yaml"
+        path.write_text(yaml.safe_dump(values))
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        command += [
+            "--master-port",
+            "0",
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            "localhost:0",
+        ]
+        command += ["-m", "vllm_layerskip.cli", "train", "--config", str(path)]
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")},
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return folder / name / "model"
+
+    return start
+
+
+def _assert_same_run(one, other):
+    expected = losses(one.with_name("model.run"))
+    assert len(expected) == 6
+    assert losses(other.with_name("model.run")) == pytest.approx(expected, rel=2e-5)
+    weights, others = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, others[name], rtol=1e-3, atol=2e-4)
+    config = json.loads((other / "config.json").read_text())
+    assert config["layerskip"]["exit_layer"] == 2
+
+
+def test_two_processes_of_ddp_train_as_one(alone, two_processes):
+    _assert_same_run(alone, two_processes("ddp", **SAME_BATCH))
+
+
+@pytest.mark.parametrize("version", [2, 1])
+def test_two_processes_of_fsdp_train_as_one(alone, two_processes, version):
+    fsdp = {"fsdp": True, "fsdp_config": {"version": version}}
+    _assert_same_run(alone, two_processes(f"fsdp{version}", training=fsdp, **SAME_BATCH))
