@@ -2,6 +2,7 @@
 """Catch several processes that train something else than one does at the same global batch, or
 that hang because a rank dropped a layer for all of its samples."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,6 +14,8 @@ import yaml
 from safetensors.torch import load_file
 
 from unit.training_runs import config, losses, settings, write_checkpoint, write_texts
+from vllm_layerskip.commands import UserError
+from vllm_layerskip.training.config import Source
 from vllm_layerskip.training.run import train
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
@@ -95,3 +98,49 @@ def test_two_processes_of_ddp_train_as_one(alone, two_processes):
 def test_two_processes_of_fsdp_train_as_one(alone, two_processes, version):
     fsdp = {"fsdp": True, "fsdp_config": {"version": version}}
     _assert_same_run(alone, two_processes(f"fsdp{version}", training=fsdp, **SAME_BATCH))
+
+
+def test_ranks_drop_the_same_number_of_samples_and_none_hangs(two_processes, folder):
+    """At p_max 0.9 a rank drops layers for both of its samples again and again."""
+    recipe = {"max_layer_dropout": 0.9, "from_scratch": False}
+    for name, training in (
+        ("ddp-dropout", {}),
+        ("fsdp-dropout", {"fsdp": True, "fsdp_config": {"version": 2}}),
+    ):
+        two_processes(name, recipe=recipe, training=training)
+    # Same numbers, same gradients: how the ranks exchange them makes no difference.
+    assert losses(folder / "fsdp-dropout" / "model.run") == pytest.approx(
+        losses(folder / "ddp-dropout" / "model.run"), rel=2e-5
+    )
+
+
+def test_two_workers_of_ray_train_as_one(alone, folder, monkeypatch):
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        num_cpus=3,
+        include_dashboard=False,
+        object_store_memory=80 * 2**20,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}},
+    )
+    try:
+        plan = config(
+            folder / "ray",
+            folder / "base",
+            folder / "texts.jsonl",
+            training={"per_device_train_batch_size": 2},
+            **SAME_BATCH,
+        )
+        trained = train(plan, num_workers=2)
+        _assert_same_run(alone, trained)
+        with pytest.raises(UserError, match="--overwrite"):
+            train(plan, num_workers=2)
+        # A mistake that only the workers see reaches the user as one.
+        missing = dataclasses.replace(
+            plan,
+            data=dataclasses.replace(plan.data, train=Source(files=(str(folder / "none"),))),
+        )
+        with pytest.raises(UserError, match="data.train.files: .*none is no file"):
+            train(missing, num_workers=2, overwrite=True)
+    finally:
+        ray.shutdown()
