@@ -40,7 +40,7 @@ class ModelConfig:
     dtype: Dtype = "float32"
     """Of the weights in training; `training.bf16` computes in bfloat16 beside it."""
     attn_implementation: str | None = None
-    trust_remote_code: bool = False
+    """Of transformers, such as "sdpa", "flash_attention_2" or "eager"."""
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.model_type is None):

@@ -32,9 +32,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """
     key, name = ("tokenizer", model.tokenizer) if model.tokenizer else ("path", model.path)
     try:
-        return AutoTokenizer.from_pretrained(
-            name, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
+        return AutoTokenizer.from_pretrained(name, revision=model.revision)
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.{key}: {name!r} holds no tokenizer that could be read ({_first_line(error)}). "
@@ -51,9 +49,7 @@ def load_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pretr
     if model.path is None:
         return _new_config(model, tokenizer)
     try:
-        config = AutoConfig.from_pretrained(
-            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
+        config = AutoConfig.from_pretrained(model.path, revision=model.revision)
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.path: {model.path!r} holds no checkpoint that could be read "
@@ -159,7 +155,6 @@ def load_model(model: ModelConfig, config: PretrainedConfig, seed: int) -> PreTr
             dtype=dtype,
             revision=model.revision,
             attn_implementation=model.attn_implementation,
-            trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
