@@ -77,6 +77,10 @@ class Source:
     max_samples: int | None = None
     """Stop after so many samples, in the order of the texts."""
 
+    def with_absolute_paths(self) -> Source:
+        files = tuple(str(Path(file).absolute()) for file in self.files)
+        return dataclasses.replace(self, files=files, dataset=_absolute(self.dataset))
+
     def check(self, key: str) -> None:
         given = [name for name in ("files", "dataset", "python_stdlib") if getattr(self, name)]
         if len(given) != 1:
@@ -179,6 +183,26 @@ class TrainConfig:
     def from_dict(cls, values: Any) -> TrainConfig:
         return _build(cls, values, "")
 
+    def with_absolute_paths(self) -> TrainConfig:
+        """The same run from any working directory; names on the model hub stay names."""
+        model, data, output = self.model, self.data, self.output
+        return dataclasses.replace(
+            self,
+            model=dataclasses.replace(
+                model, path=_absolute(model.path), tokenizer=_absolute(model.tokenizer)
+            ),
+            data=dataclasses.replace(
+                data,
+                train=data.train.with_absolute_paths(),
+                eval=data.eval and data.eval.with_absolute_paths(),
+            ),
+            output=dataclasses.replace(
+                output,
+                folder=output.folder.absolute(),
+                run_folder=output.resolved_run_folder.absolute(),
+            ),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON has them."""
         return _plain(self)
@@ -280,6 +304,10 @@ def _scalar(value: Any, hint: type, key: str) -> Any:
         str: "text",
     }
     raise UserError(f"{key}={value!r} must be {names[hint]}.")
+
+
+def _absolute(name: str | None) -> str | None:
+    return str(Path(name).absolute()) if name and Path(name).exists() else name
 
 
 def _plain(value: Any) -> Any:

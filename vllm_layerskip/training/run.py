@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset  # type: ignore[import-untyped]
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -46,6 +47,7 @@ def train(
     Raises:
         UserError: a key has a wrong value, or data or model cannot be used.
     """
+    config = config.with_absolute_paths()
     if num_workers > 1:
         from vllm_layerskip.training.ray_train import train_with_ray
 
@@ -66,19 +68,15 @@ def train_here(
         prepare: has the last word on the trainer before it starts.
     """
     args, tokenizer, model_config = _checked(config)
-    # One process prepares the folder that the others then read.
-    with args.main_process_first(desc="output folder"):
-        if args.process_index == 0:
-            _prepare_folders(config, args, args.world_size, resume, overwrite)
     run_folder = config.output.resolved_run_folder
+    # One process encodes the data and prepares the folder; the others then find both.
+    with args.main_process_first(desc="data and run folder"):
+        if args.process_index == 0:
+            check_folders(config, resume, overwrite)
+        train_data, eval_data = _load_data(config, tokenizer)
+        if args.process_index == 0:
+            start_run(run_folder, run_facts(config, args, args.world_size), resume)
     checkpoint = get_last_checkpoint(run_folder) if resume else None
-    with args.main_process_first(desc="data"):
-        train_data = load_samples(config.data.train, config.data, tokenizer, "data.train")
-        eval_data = (
-            load_samples(config.data.eval, config.data, tokenizer, "data.eval")
-            if config.data.eval
-            else None
-        )
     model = load_model(config.model, model_config, args.seed)
     model.config.layerskip = layerskip_block(
         config.recipe, config.output.exit_layer, config.output.num_speculative_tokens
@@ -118,14 +116,17 @@ def train_here(
 
 
 def check_run(config: TrainConfig, *, num_ranks: int, resume: bool, overwrite: bool) -> None:
-    """Make folders ready for ``num_ranks`` processes that will call ``train_here``, and refuse
-    what can be refused before they start.
+    """Refuse what would make ``num_ranks`` processes fail that are to call ``train_here``, encode
+    the data for them, and make the run folder ready.
 
     Raises:
         UserError: as ``train``.
     """
-    args, _, _ = _checked(config)
-    _prepare_folders(config, args, num_ranks, resume, overwrite)
+    args, tokenizer, _ = _checked(config)
+    check_folders(config, resume, overwrite)
+    _load_data(config, tokenizer)
+    run_folder = config.output.resolved_run_folder
+    start_run(run_folder, run_facts(config, args, num_ranks), resume)
 
 
 def _checked(
@@ -138,12 +139,14 @@ def _checked(
     return args, tokenizer, model_config
 
 
-def _prepare_folders(
-    config: TrainConfig, args: TrainingArguments, num_ranks: int, resume: bool, overwrite: bool
-) -> None:
-    check_folders(config, resume, overwrite)
-    facts = run_facts(config, args, num_ranks)
-    start_run(config.output.resolved_run_folder, facts, resume)
+def _load_data(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, Dataset | None]:
+    data = config.data
+    train_data = load_samples(data.train, data, tokenizer, "data.train")
+    if data.eval is None:
+        return train_data, None
+    return train_data, load_samples(data.eval, data, tokenizer, "data.eval")
 
 
 def make_arguments(config: TrainConfig) -> TrainingArguments:
