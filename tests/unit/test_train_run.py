@@ -3,9 +3,15 @@
 do not go on after an interruption as if there had been none, or that leave half a checkpoint."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -280,6 +286,30 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     assert_same(weights_of(whole), weights_of(resumed))
 
 
+@pytest.mark.slow
+def test_a_killed_process_loses_the_steps_since_its_last_save_alone(
+    base, texts, tmp_path, make, cache
+):
+    training = {"max_steps": 40, "save_steps": 2, "logging_steps": 1}
+    whole = train(make(training=training, output={"folder": str(tmp_path / "whole")}))
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings(tmp_path, base, texts, training=training)))
+    command = [sys.executable, "-m", "vllm_layerskip.cli", "train", "--config", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(cache)}
+    process = subprocess.Popen(command, env=environment)
+    run_folder = tmp_path / "model.run"
+    while not list(run_folder.glob("checkpoint-*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "model").exists()
+    assert len(list(run_folder.glob("checkpoint-*"))) < 20
+    assert main(["train", "--config", str(path), "--resume"]) == 0
+    assert losses(run_folder) == losses(tmp_path / "whole.run")
+    assert_same(weights_of(tmp_path / "model"), weights_of(whole))
+
+
 def test_a_save_that_is_cut_short_leaves_nothing_under_its_name(make, tmp_path, monkeypatch):
     whole = train(make(output={"folder": str(tmp_path / "whole")}))
     save = LayerSkipTrainer._save_rng_state
@@ -384,8 +414,6 @@ def test_a_folder_of_something_else_is_never_emptied(make, tmp_path):
 
 
 def test_the_command_trains_from_a_file(tmp_path, base, texts, capsys):
-    import yaml
-
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(settings(tmp_path, base, texts)))
     assert main(["train", "--config", str(path)]) == 0
