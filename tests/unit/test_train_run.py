@@ -444,7 +444,8 @@ def test_a_config_survives_its_own_dictionary(make):
     ("sections", "expected"),
     [
         ({"training": {"learning_rat": 1}}, "training.learning_rat.*Did you mean learning_rate"),
-        ({"training": {"max_steps": "many"}}, "training: "),
+        ({"training": {"max_steps": "many"}}, "training.max_steps='many' must be a number"),
+        ({"training": {"lr_scheduler_type": "magic"}}, "training: .*magic"),
         ({"training": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor=0.1 must be 0"),
         ({"training": {"torch_compile": True}}, "torch_compile=True must be False"),
         ({"training": {"eval_strategy": "steps", "eval_steps": 2}}, "needs data.eval"),

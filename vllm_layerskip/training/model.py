@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -137,15 +136,14 @@ def build_empty(config: PretrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config)
 
 
-def load_model(model: ModelConfig, config: PretrainedConfig, seed: int) -> PreTrainedModel:
-    """The model with weights: a checkpoint's, or new ones that follow from ``seed``.
+def load_model(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
+    """The model with weights: a checkpoint's, or new ones.
 
     Raises:
         UserError: the checkpoint cannot be read, or lacks weights.
     """
     dtype = getattr(torch, model.dtype)
     if model.path is None:
-        transformers.set_seed(seed)
         return AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=model.attn_implementation
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from datasets import Dataset  # type: ignore[import-untyped]
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -77,7 +78,8 @@ def train_here(
         if args.process_index == 0:
             start_run(run_folder, run_facts(config, args, args.world_size), resume)
     checkpoint = get_last_checkpoint(run_folder) if resume else None
-    model = load_model(config.model, model_config, args.seed)
+    transformers.set_seed(args.seed)  # For new weights, adapters' too.
+    model = load_model(config.model, model_config)
     model.config.layerskip = layerskip_block(
         config.recipe, config.output.exit_layer, config.output.num_speculative_tokens
     )
@@ -158,7 +160,10 @@ def make_arguments(config: TrainConfig) -> TrainingArguments:
     hints = typing.get_type_hints(TrainingArguments)
     names = [item.name for item in dataclasses.fields(TrainingArguments) if item.init]
     check_keys(config.training, names, "training")
-    given = {name: _number(value, hints[name]) for name, value in config.training.items()}
+    given = {
+        name: _number(value, hints[name], f"training.{name}")
+        for name, value in config.training.items()
+    }
     defaults: dict[str, Any] = {
         "output_dir": str(config.output.resolved_run_folder),
         "logging_steps": 10,
@@ -183,15 +188,15 @@ def make_arguments(config: TrainConfig) -> TrainingArguments:
     return args
 
 
-def _number(value: Any, hint: Any) -> Any:
+def _number(value: Any, hint: Any, key: str) -> Any:
     """YAML 1.1 reads 3e-4 as text."""
     types = typing.get_args(hint) or (hint,)
-    if isinstance(value, str) and float in types and str not in types:
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    if not isinstance(value, str) or str in types or not {int, float} & set(types):
+        return value
+    try:
+        return float(value) if float in types else int(value)
+    except ValueError:
+        raise UserError(f"{key}={value!r} must be a number.") from None
 
 
 def _summary(
