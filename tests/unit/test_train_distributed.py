@@ -5,6 +5,7 @@ that hang because a rank dropped a layer for all of its samples."""
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -40,9 +41,9 @@ def alone(folder):
 
 @pytest.fixture(scope="module")
 def two_processes(folder):
-    """``start(name, **sections)``: two processes of torchrun, two samples each."""
+    """``start(name, options, **sections)``: two processes of torchrun, two samples each."""
 
-    def start(name, **sections):
+    def start(name, options=(), **sections):
         training = {"per_device_train_batch_size": 2, **sections.pop("training", {})}
         values = settings(
             folder / name,
@@ -51,7 +52,7 @@ def two_processes(folder):
             training=training,
             **sections,
         )
-        (folder / name).mkdir()
+        (folder / name).mkdir(exist_ok=True)
         path = folder / name / "config.yaml"
         path.write_text(yaml.safe_dump(values))
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -63,7 +64,7 @@ def two_processes(folder):
             "--rdzv-endpoint",
             "localhost:0",
         ]
-        command += ["-m", "vllm_layerskip.cli", "train", "--config", str(path)]
+        command += ["-m", "vllm_layerskip.cli", "train", "--config", str(path), *options]
         done = subprocess.run(
             command,
             capture_output=True,
@@ -94,18 +95,36 @@ def test_two_processes_of_ddp_train_as_one(alone, two_processes):
     _assert_same_run(alone, two_processes("ddp", **SAME_BATCH))
 
 
-@pytest.mark.parametrize("version", [2, 1])
-def test_two_processes_of_fsdp_train_as_one(alone, two_processes, version):
-    fsdp = {"fsdp": True, "fsdp_config": {"version": version}}
-    _assert_same_run(alone, two_processes(f"fsdp{version}", training=fsdp, **SAME_BATCH))
+FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
 
 
+def test_two_processes_of_fsdp_train_as_one(alone, two_processes):
+    trained = two_processes("fsdp", training=FSDP, **SAME_BATCH)
+    _assert_same_run(alone, trained)
+    saved = {path.name for path in (trained.parent / "model.run" / "checkpoint-6").iterdir()}
+    assert any("fsdp" in name for name in saved), saved
+
+
+@pytest.mark.slow
+def test_a_run_of_fsdp_goes_on_from_its_last_checkpoint(two_processes):
+    trained = two_processes("fsdp-resume", training=FSDP)
+    run_folder = trained.with_name("model.run")
+    whole = losses(run_folder), load_file(trained / "model.safetensors")
+    shutil.rmtree(trained)
+    shutil.rmtree(run_folder / "checkpoint-6")
+    two_processes("fsdp-resume", options=["--resume"], training=FSDP)
+    assert losses(run_folder) == pytest.approx(whole[0], rel=1e-6)
+    for name, weight in load_file(trained / "model.safetensors").items():
+        torch.testing.assert_close(weight, whole[1][name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_ranks_drop_the_same_number_of_samples_and_none_hangs(two_processes, folder):
     """At p_max 0.9 a rank drops layers for both of its samples again and again."""
     recipe = {"max_layer_dropout": 0.9, "from_scratch": False}
     for name, training in (
         ("ddp-dropout", {}),
-        ("fsdp-dropout", {"fsdp": True, "fsdp_config": {"version": 2}}),
+        ("fsdp-dropout", FSDP),
     ):
         two_processes(name, recipe=recipe, training=training)
     # Same numbers, same gradients: how the ranks exchange them makes no difference.
