@@ -96,6 +96,7 @@ def test_two_processes_of_ddp_train_as_one(alone, two_processes):
 
 
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
+CHECKPOINTED_FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "activation_checkpointing": True}}
 
 
 def test_two_processes_of_fsdp_train_as_one(alone, two_processes):
@@ -125,12 +126,13 @@ def test_ranks_drop_the_same_number_of_samples_and_none_hangs(two_processes, fol
     for name, training in (
         ("ddp-dropout", {}),
         ("fsdp-dropout", FSDP),
+        ("fsdp-checkpointing", CHECKPOINTED_FSDP),
     ):
         two_processes(name, recipe=recipe, training=training)
     # Same numbers, same gradients: how the ranks exchange them makes no difference.
-    assert losses(folder / "fsdp-dropout" / "model.run") == pytest.approx(
-        losses(folder / "ddp-dropout" / "model.run"), rel=2e-5
-    )
+    expected = losses(folder / "ddp-dropout" / "model.run")
+    for name in ("fsdp-dropout", "fsdp-checkpointing"):
+        assert losses(folder / name / "model.run") == pytest.approx(expected, rel=2e-5)
 
 
 def test_two_workers_of_ray_train_as_one(alone, folder, monkeypatch):

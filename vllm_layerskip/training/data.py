@@ -47,8 +47,6 @@ class Encoded(NamedTuple):
 class Records:
     """Documents as mappings, with what tells whether they are the same as last time."""
 
-    key: str
-    """The YAML's key that they come from."""
     fingerprint: str
     read: Callable[[], Iterator[tuple[str, Mapping[str, Any]]]]
     """``(where, record)`` pairs; ``where`` names file and line for errors."""
@@ -126,7 +124,7 @@ def _open_files(paths: Sequence[str], data: DataConfig, key: str) -> Records:
             except OSError as error:
                 raise UserError(f"{key}: {file}: {error.strerror}.") from None
 
-    return Records(key, repr(stats), read)
+    return Records(repr(stats), read)
 
 
 def text_files(paths: Sequence[str], key: str) -> list[Path]:
@@ -196,7 +194,7 @@ def _open_dataset(source: Source, key: str) -> Records:
         for number, record in enumerate(dataset):
             yield f"{key}: {name}, row {number}", record
 
-    return Records(key, str(dataset._fingerprint), read)
+    return Records(str(dataset._fingerprint), read)
 
 
 def _open_stdlib(source: Source, key: str) -> Records:
@@ -210,7 +208,7 @@ def _open_stdlib(source: Source, key: str) -> Records:
         for name, text in sorted(texts.items()):
             yield f"{key}: {name}", {"text": text}
 
-    return Records(key, f"{source.python_stdlib} {corpus.digest}", read)
+    return Records(f"{source.python_stdlib} {corpus.digest}", read)
 
 
 class Encoder:
