@@ -77,7 +77,7 @@ def batch():
 
 
 def run(model, batch, weights, meter=None, **kwargs):
-    meter = meter or ExitMeter(NUM_LAYERS, torch.device("cpu"))
+    meter = meter or ExitMeter(len(model.model.layers), torch.device("cpu"))
     with ExitLoss(model, weights, meter).applied():
         return model(**batch, use_cache=False, **kwargs).loss
 
