@@ -103,7 +103,7 @@ def exit_logits(model: nn.Module, state: torch.Tensor) -> torch.Tensor:
     hidden_states = model.model.norm(state.reshape(1, -1, state.shape[-1]))
     with _decoder_output(model.model, hidden_states):
         logits = model.forward(inputs_embeds=hidden_states, return_dict=True).logits
-    return logits.view(*state.shape[:-1], -1)
+    return logits.view(*state.shape[:-1], logits.shape[-1])
 
 
 @contextmanager
