@@ -191,6 +191,7 @@ def test_bfloat16_autocast_and_gradient_checkpointing_train(make, tmp_path):
         folder = train(make(training=options, output=output))
         assert losses(tmp_path / f"{name}.run") == pytest.approx(plain, rel=tolerance)
         assert weights_of(folder).keys() == weights_of(reference).keys()
+        assert not torch.is_autocast_enabled("cpu")
 
 
 def test_lora_trains_adapters_and_stores_them_merged(make, base, tmp_path):

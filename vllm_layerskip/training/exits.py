@@ -101,8 +101,10 @@ def exit_logits(model: nn.Module, state: torch.Tensor) -> torch.Tensor:
     output: so they are scaled and capped as the architecture does it.
     """
     hidden_states = model.model.norm(state.reshape(1, -1, state.shape[-1]))
+    # The class's forward: accelerate's, on the instance, enters one autocast object, which must
+    # not be entered again within itself (as in a loss function): autocast would stay on.
     with _decoder_output(model.model, hidden_states):
-        logits = model.forward(inputs_embeds=hidden_states, return_dict=True).logits
+        logits = type(model).forward(model, inputs_embeds=hidden_states, return_dict=True).logits
     return logits.view(*state.shape[:-1], logits.shape[-1])
 
 
