@@ -111,6 +111,128 @@ def test_gradual_adds_a_layer_every_t_over_2l_steps_from_the_last_one_down(step,
     assert enabled == [layer >= first for layer in range(4)]
 
 
+# Tables for L = 4 and L = 32, from powers of the third and the 31st root of two (root finding and
+# multiplication in decimals, no exponential) and from sums of integers.
+D_4 = [0.0, 0.25992105, 0.58740105, 1.0]
+D_32 = [
+    0.00000000,
+    0.02261144,
+    0.04573415,
+    0.06937970,
+    0.09355991,
+    0.11828687,
+    0.14357294,
+    0.16943077,
+    0.19587327,
+    0.22291369,
+    0.25056552,
+    0.27884260,
+    0.30775907,
+    0.33732938,
+    0.36756832,
+    0.39849100,
+    0.43011289,
+    0.46244979,
+    0.49551788,
+    0.52933369,
+    0.56391412,
+    0.59927646,
+    0.63543840,
+    0.67241801,
+    0.71023378,
+    0.74890462,
+    0.78844987,
+    0.82888929,
+    0.87024310,
+    0.91253198,
+    0.95577707,
+    1.00000000,
+]
+E_4 = [0, 0.2, 0.6, 3.6]  # e_scale = 0.2; the last: 3 + 0.2 * (0 + 1 + 2).
+# fmt: off
+E_32 = [0.0, 0.2, 0.6, 1.2, 2.0, 3.0, 4.2, 5.6, 7.2, 9.0, 11.0, 13.2, 15.6, 18.2, 21.0, 24.0, 27.2,
+        30.6, 34.2, 38.0, 42.0, 46.2, 50.6, 55.2, 60.0, 65.0, 70.2, 75.6, 81.2, 87.0, 93.0, 124.0]
+# fmt: on
+
+
+@pytest.mark.parametrize(("num_layers", "table"), [(4, D_4), (32, D_32)])
+def test_dropout_follows_the_table(num_layers, table):
+    profile = recipe.layer_dropout_profile(num_layers)
+    assert profile == pytest.approx(table, abs=5e-9)
+    continual = Recipe(max_layer_dropout=0.1, from_scratch=False)
+    rates = recipe.layer_dropout_rates(continual, num_layers, 7, 100)
+    assert rates == pytest.approx([0.1 * depth for depth in table], abs=5e-10)
+    # From scratch, S of step 2 of 4 is 2^(2/3) - 1.
+    scratch = recipe.layer_dropout_rates(Recipe(max_layer_dropout=0.1), num_layers, 2, 4)
+    assert scratch == pytest.approx([0.058740105 * depth for depth in table], abs=5e-9)
+
+
+@pytest.mark.parametrize(("num_layers", "table"), [(4, E_4), (32, E_32)])
+def test_scales_follow_the_table(num_layers, table):
+    assert recipe.exit_scales(num_layers, 0.2) == pytest.approx(table, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "rotation", "step", "expected"),
+    [
+        (4, 2, 0, {0: 0, 2: 0.6 / 4.2, 3: 3.6 / 4.2}),
+        (4, 2, 1, {1: 0.2 / 3.8, 3: 3.6 / 3.8}),
+        (4, 1, 5, {0: 0, 1: 0.2 / 4.4, 2: 0.6 / 4.4, 3: 3.6 / 4.4}),
+        (32, 8, 0, {0: 0, 8: 0.03296703, 16: 0.12454212, 24: 0.27472527, 31: 0.56776557}),
+        (32, 8, 3, {3: 0.00476190, 11: 0.05238095, 19: 0.15079365, 27: 0.3, 31: 0.49206349}),
+        (32, 8, 7, {7: 0.02681992, 15: 0.11494253, 23: 0.26436782, 31: 0.59386973}),
+        (32, 31, 2, {2: 0.6 / 124.6, 31: 124 / 124.6}),
+    ],
+)
+def test_weights_follow_the_table(num_layers, rotation, step, expected):
+    knobs = Recipe(exit_loss_scale=0.2, rotation=rotation)
+    weights = recipe.exit_loss_weights(knobs, num_layers, step, 1000)
+    table = [expected.get(layer, 0.0) for layer in range(num_layers)]
+    assert weights == pytest.approx(table, abs=5e-9)
+
+
+@pytest.mark.parametrize(
+    ("curriculum", "step", "expected"),
+    [
+        # Exits 8, 16, 24 and the last one, 32, count as four: e = 0.2 * (28, 120, 276), 124.
+        ("rotational", 0, {7: 5.6 / 184.8, 23: 55.2 / 184.8, 31: 124 / 184.8}),
+        ("rotational", 1, {15: 24 / 148, 31: 124 / 148}),
+        ("gradual", 0, {31: 1}),
+        ("gradual", 2, {23: 55.2 / 179.2, 31: 124 / 179.2}),
+        ("gradual", 8, {7: 5.6 / 208.8, 15: 24 / 208.8, 23: 55.2 / 208.8, 31: 124 / 208.8}),
+    ],
+)
+def test_a_subset_of_exits_takes_turns_among_itself(curriculum, step, expected):
+    knobs = Recipe(
+        exit_loss_scale=0.2, rotation=2, curriculum=curriculum, exit_layers=(24, 8, 16, 8)
+    )
+    assert knobs.exit_layers == (8, 16, 24)
+    weights = recipe.exit_loss_weights(knobs, 32, step, 16)
+    assert weights == pytest.approx([expected.get(layer, 0.0) for layer in range(32)], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "num_layers", "expected"),
+    [
+        (Recipe(rotation=5), 4, "rotation=5 (R) must be at most 4"),
+        (Recipe(rotation=3, exit_layers=(2,)), 4, "rotation=3 (R) must be at most 2"),
+        (Recipe(rotation=1, exit_layers=(2, 6)), 4, "exit_layers=[2, 6] must lie in 2..4"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_the_depth_is_refused(knobs, num_layers, expected):
+    with pytest.raises(ValueError, match="must") as error:
+        knobs.check_depth(num_layers)
+    assert expected in str(error.value)
+
+
+def test_a_recipe_that_fits_the_depth_is_not():
+    Recipe(rotation=4).check_depth(4)
+    Recipe(rotation=9, curriculum="gradual").check_depth(4)
+    Recipe(rotation=2, exit_layers=(2,)).check_depth(4)
+    Recipe(rotation=2, exit_layers=(2, 4)).check_depth(4)
+    Recipe.off().check_depth(1)
+
+
 _layers = st.integers(1, 40)
 _recipes = st.builds(
     Recipe,

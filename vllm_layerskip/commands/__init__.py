@@ -23,4 +23,9 @@ COMMANDS: tuple[Command, ...] = (
         "vllm_layerskip.commands.draft_vocab",
         "Choose the token ids that drafts may be, from the texts that a model writes.",
     ),
+    Command(
+        "train",
+        "vllm_layerskip.commands.train",
+        "Train a model with layer dropout and the early-exit loss.",
+    ),
 )

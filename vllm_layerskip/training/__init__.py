@@ -1,2 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training recipe: corpus, tokenizer, layer dropout, early-exit loss, scores."""
+"""Training with layer dropout and the early-exit loss, and scores of every exit.
+
+``run.train`` is ``vllm-layerskip train``, ``trainer.LayerSkipTrainer`` its Trainer for models and
+data of your own (docs/training.md); ``train.py`` makes the embedded checkpoint. Importing this
+package imports neither torch nor transformers.
+"""

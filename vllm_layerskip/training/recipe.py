@@ -39,12 +39,17 @@ class Recipe:
     """R: the rotational curriculum enables every R-th layer at a step."""
     from_scratch: bool = True
     """Ramp layer dropout up over the run (S_exp); False keeps it constant."""
+    exit_layers: tuple[int, ...] | None = None
+    """Exits that the loss sees beside the last layer, as numbers of executed layers (the
+    serving side's E); None: all. The curriculum then counts these exits instead of layers."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.max_layer_dropout < 1.0:
-            raise ValueError(f"max_layer_dropout={self.max_layer_dropout} must be in [0, 1).")
+            raise ValueError(
+                f"max_layer_dropout={self.max_layer_dropout} (p_max) must be in [0, 1)."
+            )
         if not 0.0 <= self.exit_loss_scale <= 1.0:
-            raise ValueError(f"exit_loss_scale={self.exit_loss_scale} must be in [0, 1].")
+            raise ValueError(f"exit_loss_scale={self.exit_loss_scale} (e_scale) must be in [0, 1].")
         if self.curriculum not in ("rotational", "gradual"):
             raise ValueError(
                 f"curriculum={self.curriculum!r} must be one of 'rotational', 'gradual'."
@@ -54,12 +59,39 @@ class Recipe:
                 f"exit_loss_profile={self.exit_loss_profile!r} must be one of 'sum', 'uniform'."
             )
         if self.rotation < 1:
-            raise ValueError(f"rotation={self.rotation} must be at least 1.")
+            raise ValueError(f"rotation={self.rotation} (R) must be at least 1.")
+        if self.exit_layers is not None:
+            exits = tuple(sorted(set(self.exit_layers)))
+            if not exits or exits[0] < 2:
+                raise ValueError(
+                    f"exit_layers={list(self.exit_layers)} must name at least one exit, each at "
+                    "least 2: the output of the first layer has weight e(0) = 0 in the recipe. "
+                    "Leave exit_layers out to train all exits."
+                )
+            object.__setattr__(self, "exit_layers", exits)
 
     @classmethod
     def off(cls) -> Recipe:
         """The twin's recipe: no layer dropout, loss on the last layer only."""
-        return cls(max_layer_dropout=0.0, exit_loss_scale=0.0)
+        return cls(max_layer_dropout=0.0, exit_loss_scale=0.0, rotation=1)
+
+    def check_depth(self, num_layers: int) -> None:
+        """Refuse what does not fit a model of ``num_layers`` layers.
+
+        Raises:
+            ValueError: R exceeds the number of exits, or an exit lies behind the last layer.
+        """
+        if self.exit_layers is not None and self.exit_layers[-1] > num_layers:
+            raise ValueError(
+                f"exit_layers={list(self.exit_layers)} must lie in 2..{num_layers}: the model has "
+                f"{num_layers} layers."
+            )
+        num_exits = len(candidate_exits(self, num_layers))
+        if self.curriculum == "rotational" and self.rotation > num_exits:
+            raise ValueError(
+                f"rotation={self.rotation} (R) must be at most {num_exits}, the number of exits of "
+                f"this model of {num_layers} layers: a larger R only adds steps without any exit."
+            )
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -103,19 +135,31 @@ def exit_scales(
     return scales
 
 
+def candidate_exits(recipe: Recipe, num_layers: int) -> list[int]:
+    """Layers ``l`` whose outputs may be exits, from the first to the last one."""
+    if recipe.exit_layers is None:
+        return list(range(num_layers))
+    return sorted({exit_layer - 1 for exit_layer in recipe.exit_layers} | {num_layers - 1})
+
+
 def enabled_exits(recipe: Recipe, num_layers: int, step: int, num_steps: int) -> list[bool]:
     """C(t, l): which exits the loss of this step sees. The last layer always is one.
 
-    Rotational: every R-th layer, moved on by one each step. Gradual: from the last
-    layer down to the first, one more every T / (2 L) steps, so all of them from T / 2.
+    Rotational: every R-th exit, moved on by one each step. Gradual: of n exits from the last
+    down to the first, one more every T / (2 n) steps, so all of them from T / 2. Without
+    ``exit_layers`` every layer is an exit, which gives the paper's curricula.
     """
-    last = num_layers - 1
+    candidates = candidate_exits(recipe, num_layers)
+    num_exits = len(candidates)
     if recipe.curriculum == "rotational":
-        enabled = [(layer - step) % recipe.rotation == 0 for layer in range(num_layers)]
+        on = [(i - step) % recipe.rotation == 0 for i in range(num_exits)]
     else:
-        num_enabled = 1 + 2 * num_layers * step // max(num_steps, 1)
-        enabled = [layer > last - num_enabled for layer in range(num_layers)]
-    enabled[last] = True
+        num_enabled = 1 + 2 * num_exits * step // max(num_steps, 1)
+        on = [i >= num_exits - num_enabled for i in range(num_exits)]
+    enabled = [False] * num_layers
+    for layer, is_on in zip(candidates, on, strict=True):
+        enabled[layer] = is_on
+    enabled[num_layers - 1] = True
     return enabled
 
 

@@ -25,6 +25,7 @@ from transformers import (
 from vllm_layerskip.training.card import model_card
 from vllm_layerskip.training.corpus import Corpus, held_out_prompts, load_stdlib
 from vllm_layerskip.training.evaluate import acceptance_length, greedy_draft_matches, score_exits
+from vllm_layerskip.training.output import layerskip_block, write_checkpoint
 from vllm_layerskip.training.recipe import Recipe
 from vllm_layerskip.training.tokenizer import train_tokenizer
 from vllm_layerskip.training.trainer import LayerSkipTrainer
@@ -73,7 +74,7 @@ class _Blocks(Dataset):
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.blocks[index]}
+        return {"input_ids": self.blocks[index], "labels": self.blocks[index]}
 
 
 def _has_fast_bf16() -> bool:
@@ -243,18 +244,17 @@ def save_checkpoint(
     output: Path,
 ) -> None:
     """bfloat16 weights, tokenizer, and the block that ``exit_layer="auto"`` reads."""
-    # The trainer turns it off.
-    model.config.use_cache = model.generation_config.use_cache = True
-    model.config.layerskip = {
-        "exit_layer": plan.exit_layer,
-        "num_speculative_tokens": plan.num_speculative_tokens,
-        "recipe": plan.recipe.to_dict(),
-    }
-    stored = LlamaForCausalLM(model.config).to(torch.bfloat16)
-    stored.generation_config = model.generation_config
-    stored.load_state_dict(model.state_dict())
-    stored.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    model.config.layerskip = layerskip_block(
+        plan.recipe, plan.exit_layer, plan.num_speculative_tokens
+    )
+    write_checkpoint(
+        output,
+        model.config,
+        model.state_dict(),
+        torch.bfloat16,
+        tokenizer,
+        model.generation_config,
+    )
 
 
 def _write_scores(output: Path, scores: dict[str, Any]) -> None:

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The early-exit loss ``J(t) = sum_l e~(t, l) CE(exit_l, labels)`` (paper, section 4.1.2).
+
+The last exit is the model, and its loss is the one that the model computes itself. Earlier exits
+add theirs a few tokens at a time: their logits live only while they are used, and are computed
+again in the backward pass. So memory is that of plain training plus one chunk of logits, however
+many exits there are.
+
+Shapes: B samples, T tokens, V vocabulary, H hidden, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from vllm_layerskip.training.dropout import run_kept
+from vllm_layerskip.training.exits import around_layers, exit_logits
+
+IGNORED = -100
+CHUNK_TOKENS = 1024
+
+
+def exit_cross_entropy(
+    model: nn.Module,
+    state: torch.Tensor,
+    targets: torch.Tensor,
+    positions: torch.Tensor,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> torch.Tensor:
+    """Summed cross entropy of one exit.
+
+    Args:
+        state: ``[B, T, H]``.
+        targets: ``[B * T]``, the token that each position is to predict.
+        positions: which of the ``B * T`` positions count.
+        chunk_tokens: number of positions whose logits exist at a time.
+    """
+    flat = state.flatten(0, 1)
+
+    def chunk_loss(flat: torch.Tensor, chunk: torch.Tensor) -> torch.Tensor:
+        logits = exit_logits(model, flat[chunk]).float()
+        return F.cross_entropy(logits, targets[chunk], reduction="sum")
+
+    total = torch.zeros((), device=state.device)
+    for chunk in positions.split(chunk_tokens):
+        total = total + checkpoint(
+            chunk_loss, flat, chunk, use_reentrant=False, preserve_rng_state=False
+        )
+    return total
+
+
+class ExitMeter:
+    """Cross entropy of each exit, as sums over tokens, since it was last read."""
+
+    def __init__(self, num_layers: int, device: torch.device) -> None:
+        self.totals = torch.zeros(2, num_layers, dtype=torch.float64, device=device)
+
+    def add(self, layer: int, total: torch.Tensor, num_tokens: torch.Tensor) -> None:
+        self.totals[0, layer] += total.detach()
+        self.totals[1, layer] += num_tokens
+
+    def read(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """``{"exit_E_loss": mean}`` of the exits that were seen; forgets them.
+
+        Args:
+            reduce: sums a tensor over all ranks.
+        """
+        totals, counts = reduce(self.totals).tolist()
+        self.totals = torch.zeros_like(self.totals)
+        return {
+            f"exit_{layer + 1}_loss": total / count
+            for layer, (total, count) in enumerate(zip(totals, counts, strict=True))
+            if count
+        }
+
+
+class ExitLoss:
+    """Runs one forward pass of a causal language model with dropout and the early-exit loss.
+
+    The model's own ``loss_function`` hands over labels and normalisation: so the loss is
+    computed inside of the model's forward, where distributed wrappers have gathered its weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Mapping[int, float],
+        meter: ExitMeter,
+        kept: np.ndarray | None = None,
+        always_run: bool = False,
+    ) -> None:
+        """
+        Args:
+            weights: e~(t, l) of the exits to compute, by layer; the last layer is among them.
+            kept: ``[L, B]``, the samples that each layer runs for; None: all.
+            always_run: see ``run_kept``.
+        """
+        self.model = model
+        self.weights = weights
+        self.meter = meter
+        self.kept = kept
+        self.always_run = always_run
+        self.last = len(model.model.layers) - 1
+        self.states: dict[int, torch.Tensor] = {}
+        self.num_calls = 0
+        self._own_loss: Callable[..., torch.Tensor] = model.loss_function
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within this block the model's forward returns J as its loss.
+
+        Raises:
+            RuntimeError: the model was run without computing a loss by its ``loss_function``.
+        """
+        had_own = "_loss_function" in vars(self.model)
+        self.model.loss_function = self._loss
+        try:
+            with around_layers(self.model, self._around):
+                yield
+        finally:
+            if had_own:
+                self.model.loss_function = self._own_loss
+            else:
+                del self.model._loss_function
+            self.states.clear()
+        if not self.num_calls:
+            raise RuntimeError(
+                f"{type(self.model).__name__} computed no loss: its batches have no labels, or an "
+                "option replaces the model's loss function. Early exits were not trained."
+            )
+
+    def _around(
+        self,
+        layer: int,
+        call: Callable[..., torch.Tensor],
+        hidden_states: torch.Tensor,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if self.kept is None:
+            output = call(hidden_states, **kwargs)
+        else:
+            output = run_kept(call, hidden_states, kwargs, self.kept[layer], self.always_run)
+        if layer in self.weights and layer != self.last:
+            self.states[layer] = output
+        return output
+
+    def _loss(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        vocab_size: int,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """``loss_function`` of transformers, over all exits."""
+        self.num_calls += 1
+        own = self._own_loss(
+            logits=logits,
+            labels=labels,
+            vocab_size=vocab_size,
+            num_items_in_batch=num_items_in_batch,
+            **kwargs,
+        )
+        shifted = kwargs.get("shift_labels")
+        if shifted is None:
+            shifted = F.pad(labels[..., 1:], (0, 1), value=IGNORED)
+        targets = shifted.flatten().to(logits.device)
+        is_counted = targets != IGNORED
+        num_tokens = is_counted.sum()
+        normaliser = num_tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        self.meter.add(self.last, own * normaliser, num_tokens)
+        if not self.states:
+            return own
+        positions = is_counted.nonzero().squeeze(1)
+        loss = self.weights[self.last] * own
+        for layer, state in self.states.items():
+            total = exit_cross_entropy(self.model, state, targets, positions)
+            self.meter.add(layer, total, num_tokens)
+            loss = loss + self.weights[layer] * (total / normaliser)
+        return loss
+
+
+def positive(weights: Sequence[float]) -> dict[int, float]:
+    """The exits that have a weight, and the last one, by layer."""
+    last = len(weights) - 1
+    return {layer: w for layer, w in enumerate(weights) if w > 0 or layer == last}

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The finished checkpoint: an ordinary one of transformers, with the ``layerskip`` block."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from vllm_layerskip.training.atomic_saves import UNFINISHED, replace_folder
+from vllm_layerskip.training.config import OutputConfig
+from vllm_layerskip.training.model import add_lora, build_empty
+from vllm_layerskip.training.recipe import Recipe
+
+
+def layerskip_block(
+    recipe: Recipe, exit_layer: int | None = None, num_speculative_tokens: int | None = None
+) -> dict[str, Any]:
+    """What ``exit_layer="auto"`` reads from config.json; without E and K, the recipe alone."""
+    serving = {"exit_layer": exit_layer, "num_speculative_tokens": num_speculative_tokens}
+    block = {name: value for name, value in serving.items() if value is not None}
+    return block | {"recipe": recipe.to_dict()}
+
+
+def output_dtype(output: OutputConfig, base: PretrainedConfig, from_scratch: bool) -> torch.dtype:
+    """Of the stored weights."""
+    if output.dtype != "auto":
+        return getattr(torch, output.dtype)
+    if from_scratch or base.dtype is None:
+        return torch.bfloat16
+    return getattr(torch, base.dtype) if isinstance(base.dtype, str) else base.dtype
+
+
+def write_checkpoint(
+    folder: Path,
+    config: PretrainedConfig,
+    state_dict: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase,
+    generation_config: GenerationConfig | None = None,
+    lora: Mapping[str, Any] | None = None,
+) -> None:
+    """Write ``folder``, whole or not at all; one that exists is replaced.
+
+    Args:
+        state_dict: full weights, with adapters if there is ``lora``: they are merged.
+    """
+    config.use_cache = True  # The trainer turns it off.
+    model = build_empty(config)
+    if lora is not None:
+        model = add_lora(model, lora)
+    tensors = {name: tensor.detach().cpu() for name, tensor in state_dict.items()}
+    model.load_state_dict(tensors, assign=True)
+    if lora is not None:
+        model = model.merge_and_unload()
+    _cast_weights(model, dtype)
+    model.tie_weights()
+    model.config.dtype = dtype
+    if generation_config is not None:
+        model.generation_config = generation_config
+    _make_valid(model.generation_config)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f"{UNFINISHED}-{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    replace_folder(unfinished, folder)
+
+
+def _cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Parameters alone: rotary frequencies are buffers, and are not stored."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def _make_valid(generation: GenerationConfig) -> None:
+    """Generation settings that can be stored: older checkpoints sample without saying so."""
+    generation.use_cache = True
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True

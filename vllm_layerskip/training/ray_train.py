@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same run on the workers of Ray Train."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from vllm_layerskip.commands import UserError
+from vllm_layerskip.training.config import TrainConfig
+from vllm_layerskip.training.run import check_run
+
+
+def train_with_ray(
+    config: TrainConfig, num_workers: int, *, resume: bool = False, overwrite: bool = False
+) -> Path:
+    """``train`` on ``num_workers`` workers, each with a GPU where the cluster has enough.
+
+    Joins the Ray cluster that there is, or starts one on this machine. All workers read and
+    write the config's paths, so several machines need a shared file system.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        UserError: as ``train``; or Ray is not installed.
+    """
+    try:
+        import ray
+        from ray.train import RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+    except ImportError as error:
+        raise UserError(
+            f"--num-workers {num_workers}: {error}. Install the extra: "
+            "pip install 'vllm-layerskip[train,ray]'"
+        ) from None
+    check_run(config, num_ranks=num_workers, resume=resume, overwrite=overwrite)
+    if not ray.is_initialized():
+        ray.init(log_to_driver=True, include_dashboard=False)
+    use_gpu = not config.training.get("use_cpu") and (
+        ray.cluster_resources().get("GPU", 0) >= num_workers
+    )
+    trainer = TorchTrainer(
+        _train_on_worker,
+        train_loop_config={"config": config.to_dict()},
+        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
+        # A name of its own: going on with a run is our part, not Ray's.
+        run_config=RunConfig(
+            name=f"ray-{time.time_ns()}", storage_path=str(config.output.resolved_run_folder)
+        ),
+    )
+    trainer.fit()
+    return config.output.folder
+
+
+def _train_on_worker(arguments: dict[str, Any]) -> None:
+    from ray.train.huggingface.transformers import prepare_trainer
+
+    from vllm_layerskip.training.run import train_here
+    from vllm_layerskip.training.trainer import LayerSkipTrainer
+
+    def prepare(trainer: LayerSkipTrainer) -> None:
+        trainer.add_callback(_Report())
+        prepare_trainer(trainer)
+
+    # The driver made the folders ready, so a worker that Ray started again goes on.
+    train_here(
+        TrainConfig.from_dict(arguments["config"]), resume=True, overwrite=True, prepare=prepare
+    )
+
+
+class _Report(TrainerCallback):
+    """Logged numbers as Ray Train's metrics; checkpoints stay in the run folder."""
+
+    def on_log(
+        self, _args: Any, state: Any, _control: Any, logs: Any = None, **_kwargs: Any
+    ) -> None:
+        import ray.train
+
+        ray.train.report({**(logs or {}), "step": state.global_step})
