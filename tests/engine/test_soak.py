@@ -186,7 +186,7 @@ def model(tmp_path_factory):
     ("num_requests", "seed"),
     [
         (150, 0),
-        pytest.param(2400, 1, marks=[pytest.mark.slow, pytest.mark.timeout(7200)]),
+        pytest.param(2200, 1, marks=[pytest.mark.slow, pytest.mark.timeout(7200)]),
     ],
     ids=["short", "long"],
 )
@@ -216,7 +216,7 @@ def test_random_requests_get_plain_vllms_tokens(pool, model, num_requests, seed)
     counts.assert_speculated()
     assert counts.num_draft_tokens > counts.num_accepted_tokens * 1.3
     assert counts.num_accepted_tokens > counts.num_draft_tokens * 0.2
-    assert {drafted for drafted, _ in counts.drafts} == {1, 3, 5}
+    assert {drafted for drafted, _ in counts.drafts} >= {1, 3, 5}
     assert counts.num_verify_steps_reused > num_requests // 4
     assert counts.num_verify_steps_full > num_requests // 4
     print(
