@@ -43,7 +43,7 @@ MAX_BLOCKS = -(-(MAX_MODEL_LEN + K) // BLOCK_SIZE)
 MAX_NUM_TOKENS = MAX_NUM_REQS * MAX_MODEL_LEN
 PAD = -1
 TEST_SETTINGS = settings(
-    max_examples=40,
+    max_examples=30,
     stateful_step_count=25,
     deadline=None,
     derandomize=True,
@@ -63,6 +63,8 @@ class Request:
     """Drafted behind ``tokens`` by the last propose; those of them that have a position."""
     runs_ahead: int = 0
     """By how much the host, which has not heard of rejections yet, overrates ``num_computed``."""
+    num_valid: int = 0
+    """Passes of the last propose, 0 for a new owner of the slot."""
 
     @property
     def in_prefill(self) -> bool:
@@ -85,6 +87,21 @@ class Network:
                 self.pages[slot] = position, token
         state = torch.stack([input_ids.float(), positions.float()], dim=1)
         return state, -state
+
+
+class PagedTables(BlockTables):
+    """vLLM's slot mappings, without the buffers that want pinned memory."""
+
+    def __init__(self) -> None:
+        self.block_sizes, self.num_kv_cache_groups, self.device = [BLOCK_SIZE], 1, DEVICE
+        self.cp_size, self.cp_rank, self.cp_interleave = 1, 0, 1
+        self._slot_mapping_enabled = [True]
+        self.dcp_sharded = torch.tensor([True])
+        self.blocks = torch.zeros(MAX_NUM_REQS, MAX_BLOCKS, dtype=torch.int32)
+        self.block_tables = [SimpleNamespace(gpu=self.blocks)]
+        self.input_block_tables = [self.blocks.clone()]
+        self.slot_mappings = torch.zeros(1, MAX_NUM_TOKENS, dtype=torch.int64)
+        self.init_block_table_layout_tensors()
 
 
 class Speculator(LayerSkipSpeculator):
@@ -194,9 +211,7 @@ class Bookkeeping(RuleBasedStateMachine):
         self.patches = contextlib.ExitStack()
         self.context = self.patches.enter_context(without_vllm())
         self.network = Network()
-        self.block_tables = BlockTables(
-            [BLOCK_SIZE], MAX_NUM_REQS, MAX_NUM_TOKENS, [MAX_BLOCKS], DEVICE
-        )
+        self.block_tables = PagedTables()
         self.exit_states = ExitStates(MAX_NUM_REQS, K, 2, torch.float32, DEVICE)
         self.exit_states.states.fill_(-99)
         self.speculator = Speculator(self.network, self.block_tables, self.exit_states)
@@ -214,21 +229,22 @@ class Bookkeeping(RuleBasedStateMachine):
     # Requests come and go.
 
     def admit(self, request: Request) -> None:
+        request.num_valid = 0
         taken = {other.slot for other in self.running}
         request.slot = min(set(range(MAX_NUM_REQS)) - taken)
         blocks, self.free_blocks = self.free_blocks[:MAX_BLOCKS], self.free_blocks[MAX_BLOCKS:]
-        self.block_tables.block_tables[0].gpu[request.slot] = torch.tensor(blocks)
+        self.block_tables.blocks[request.slot] = torch.tensor(blocks)
         self.model_state.add_request(request.slot, SimpleNamespace(lora_request=None))
         self.running.append(request)
 
     def leave(self, request: Request) -> None:
         self.running.remove(request)
         # Taken again soon: the next owner must not find anything of this one's.
-        blocks = self.block_tables.block_tables[0].gpu[request.slot].tolist()
+        blocks = self.block_tables.blocks[request.slot].tolist()
         self.free_blocks = blocks + self.free_blocks
 
     def slot_of(self, request: Request, position: int) -> int:
-        block = int(self.block_tables.block_tables[0].gpu[request.slot, position // BLOCK_SIZE])
+        block = int(self.block_tables.blocks[request.slot, position // BLOCK_SIZE])
         return block * BLOCK_SIZE + position % BLOCK_SIZE
 
     @precondition(lambda self: len(self.running) < MAX_NUM_REQS)
@@ -276,8 +292,8 @@ class Bookkeeping(RuleBasedStateMachine):
     def step(self, data, num_speculative_tokens):
         requests = self.schedule(data)
         drafts, chunks, inputs = self.inputs_of(data, requests)
-        batch = self.batch_of(requests, drafts, chunks, inputs)
-        self.verify(requests, drafts, chunks, inputs, batch)
+        batch = self.batch_of(requests, drafts, inputs)
+        self.verify(requests, drafts, batch)
         num_sampled, num_rejected = self.sample(data, requests, drafts, chunks)
         self.draft(requests, batch, num_sampled, num_rejected, num_speculative_tokens)
         for request in list(requests):
@@ -314,7 +330,7 @@ class Bookkeeping(RuleBasedStateMachine):
             inputs.append(request.tokens[start : start + chunk] + (verified or placeholders))
         return drafts, chunks, inputs
 
-    def batch_of(self, requests, drafts, chunks, inputs):
+    def batch_of(self, requests, drafts, inputs):
         num_scheduled = np.array([len(tokens) for tokens in inputs], dtype=np.int32)
         starts = np.array([request.num_computed for request in requests], dtype=np.int32)
         ahead = np.array([request.runs_ahead for request in requests], dtype=np.int32)
@@ -350,7 +366,7 @@ class Bookkeeping(RuleBasedStateMachine):
             input_ids=torch.tensor([t for row in inputs for t in row], dtype=torch.int64),
         )
 
-    def verify(self, requests, drafts, chunks, inputs, batch):
+    def verify(self, requests, drafts, batch):
         slots = self.block_tables.compute_slot_mappings(
             batch.idx_mapping, self.query_start_loc, batch.positions, batch.num_tokens
         ).clone()
@@ -365,18 +381,14 @@ class Bookkeeping(RuleBasedStateMachine):
             return
 
         num_drafts = len(drafts[0])
-        last = [
-            (request.slot, request.num_computed + num_drafts, self.slot_of(request, p))
-            for request in requests
-            if (p := request.num_computed + num_drafts) is not None
-        ]
+        last = [request.num_computed + num_drafts for request in requests]
         assert plan.num_drafts == num_drafts
-        assert plan.idx_mapping.tolist() == [slot for slot, _, _ in last]
-        assert plan.slot_mappings[0].tolist() == [page for _, _, page in last]
-        assert plan.attn_metadata["query_start_loc_gpu"].tolist() == list(range(len(last) + 1))
-        assert plan.attn_metadata["query_start_loc_cpu"].tolist() == list(range(len(last) + 1))
+        assert plan.idx_mapping.tolist() == [request.slot for request in requests]
+        assert plan.slot_mappings[0].tolist() == list(map(self.slot_of, requests, last))
+        for name in ("query_start_loc_gpu", "query_start_loc_cpu"):
+            assert plan.attn_metadata[name].tolist() == list(range(len(requests) + 1))
         # The last draft is the token at the end of what its row attends to.
-        assert plan.attn_metadata["seq_lens"].tolist() == [position + 1 for _, position, _ in last]
+        assert plan.attn_metadata["seq_lens"].tolist() == [position + 1 for position in last]
 
         def run_early_stage(input_ids, positions):
             assert self.context[-1].slot_mapping is plan.slot_mappings
@@ -439,6 +451,7 @@ class Bookkeeping(RuleBasedStateMachine):
         for row, request in enumerate(requests):
             drafts = drafted[row, :num_speculative_tokens].tolist()
             samples = bool(num_sampled[row] > 0)
+            request.num_valid = num_speculative_tokens if samples else 0
             tokens = [request.tokens[-1], *drafts]
             num_passes = 0
             for step, rows in enumerate(self.speculator.passes):
@@ -460,6 +473,11 @@ class Bookkeeping(RuleBasedStateMachine):
             for position in range(request.num_computed):
                 page = self.network.pages[self.slot_of(request, position)]
                 assert page == (position, request.tokens[position])
+
+    @invariant()
+    def validity_is_that_of_the_slots_owner(self):
+        for request in self.running:
+            assert self.exit_states.num_valid_np[request.slot] == request.num_valid
 
 
 def test_bookkeeping_follows_the_model():
@@ -509,16 +527,23 @@ def _next_step(original, self, first_step, *args, **kwargs):
     original(self, min(first_step + 1, K - 1), *args, **kwargs)
 
 
-def _next_slot(original, self, idx_mapping, *args, **kwargs):
-    moved = torch.where(idx_mapping >= 0, (idx_mapping + 1) % MAX_NUM_REQS, idx_mapping)
-    return original(self, moved, *args, **kwargs)
+def _next_slot(idx_mapping):
+    return torch.where(idx_mapping >= 0, (idx_mapping + 1) % MAX_NUM_REQS, idx_mapping)
+
+
+def _store_elsewhere(original, self, first_step, idx_mapping, *args):
+    original(self, first_step, _next_slot(idx_mapping), *args)
+
+
+def _gather_elsewhere(original, self, idx_mapping, *args, **kwargs):
+    return original(self, _next_slot(idx_mapping), *args, **kwargs)
 
 
 def _cover_any(original, self, idx_mapping_np, num_drafts):
     return bool((self.num_valid_np[idx_mapping_np] >= num_drafts).any())
 
 
-def _one_too_many(original, self, idx_mapping_np, num_valid):
+def _one_too_few(original, self, idx_mapping_np, num_valid):
     original(self, idx_mapping_np, np.where(num_valid > 0, num_valid - 1, num_valid))
 
 
@@ -535,14 +560,14 @@ DEFECTS = {
         speculator_module, "prepare_first_pass", _draft_in_prefill
     ),
     "a new owner keeps the old one's states": lambda: mock.patch.object(
-        ExitStates, "invalidate", lambda *args: None
+        ExitStates, "invalidate", return_value=None
     ),
     "a mid-prefill row counts as drafted": lambda: mock.patch.object(
         LayerSkipSpeculator,
         "_record_valid_exit_states",
         lambda self, batch, k: self.exit_states.set_num_valid(batch.idx_mapping_np, k),
     ),
-    "fewer passes count than ran": lambda: _wrap(ExitStates, "set_num_valid", _one_too_many),
+    "fewer passes count than ran": lambda: _wrap(ExitStates, "set_num_valid", _one_too_few),
     "a batch is covered if one row is": lambda: _wrap(ExitStates, "cover", _cover_any),
     "prefill rows are not looked at": lambda: _wrap(
         LayerSkipModelState, "_covered", _with(has_prefill=lambda batch: False)
@@ -562,8 +587,8 @@ DEFECTS = {
         ),
     ),
     "states are stored one step on": lambda: _wrap(ExitStates, "store", _next_step),
-    "states are stored for another request": lambda: _wrap(ExitStates, "store", _next_slot),
-    "states are read from another request": lambda: _wrap(ExitStates, "gather", _next_slot),
+    "states are stored for another request": lambda: _wrap(ExitStates, "store", _store_elsewhere),
+    "states are read from another request": lambda: _wrap(ExitStates, "gather", _gather_elsewhere),
 }
 
 
