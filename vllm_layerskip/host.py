@@ -16,6 +16,9 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
+import logging
+import multiprocessing
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +29,12 @@ from vllm_layerskip.models import SUPPORTED_ARCHITECTURES, VllmModel
 SUPPORTED_VLLM = (0, 32), (0, 34)
 """First supported and first unsupported (major, minor)."""
 
+ALLOW_UNTESTED = "LAYERSKIP_ALLOW_UNTESTED_VLLM"
+"""Environment variable that lets LayerSkip run on another version, if its contacts fit."""
+
 MODEL_RUNNER_MODULE = "vllm.v1.worker.gpu.model_runner"
+
+logger = logging.getLogger("vllm.layerskip.host")
 
 _WRAPPED = "_vllm_layerskip_wrapped"
 
@@ -367,6 +375,65 @@ CONTACTS: tuple[HostContact, ...] = (
     ),
     HostContact("vllm.forward_context:override_forward_context", ("forward_context",), "called"),
     HostContact("vllm.forward_context:get_forward_context", (), "called"),
+    # Metrics.
+    HostContact(
+        f"{MODEL_RUNNER_MODULE}:GPUModelRunner.sample_tokens",
+        ("self", "grammar_output"),
+        "wrapped in a LayerSkip engine's workers: its output carries the verify counts",
+    ),
+    HostContact(
+        f"{_GPU}.async_utils:AsyncOutput.__init__",
+        ("self", "model_runner_output"),
+        "read: model_runner_output",
+    ),
+    HostContact(
+        "vllm.config.scheduler:SchedulerConfig.get_scheduler_cls",
+        ("self",),
+        "wrapped: wraps update_from_output of the class that it returns",
+    ),
+    HostContact(
+        "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
+        ("self", "scheduler_output", "model_runner_output"),
+        "wrapped: hands the verify counts on",
+    ),
+    HostContact(
+        "vllm.v1.engine:EngineCoreOutputs.scheduler_stats", (), "read: statistics of a step"
+    ),
+    HostContact(
+        "vllm.v1.metrics.stats:SchedulerStats",
+        ("spec_decoding_stats",),
+        "read: what a step drafted, if anything",
+    ),
+    HostContact(
+        "vllm.v1.spec_decode.metrics:SpecDecodingStats",
+        ("num_spec_tokens", "num_draft_tokens_per_pos"),
+        "read, and lengthened on the way to the front end; vLLM fills it and reads it nowhere",
+    ),
+    HostContact(
+        "vllm.v1.metrics.loggers:StatLoggerManager.__init__",
+        ("self", "vllm_config", "engine_idxs"),
+        "wrapped in a process that asked for LayerSkip: adds our series",
+    ),
+    HostContact(
+        "vllm.v1.metrics.loggers:StatLoggerManager.record",
+        ("self", "scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"),
+        "wrapped in a process that asked for LayerSkip: takes the verify counts",
+    ),
+    HostContact("vllm.v1.metrics.loggers:PrometheusStatLogger._counter_cls", (), "called"),
+    HostContact("vllm.v1.metrics.loggers:PrometheusStatLogger._gauge_cls", (), "called"),
+    HostContact(
+        "vllm.v1.engine.llm_engine:LLMEngine.get_metrics",
+        ("self",),
+        "wrapped in a process that asked for LayerSkip: adds our series",
+    ),
+    *(
+        HostContact(f"vllm.v1.metrics.reader:{name}", parameters, "built")
+        for name, parameters in (
+            ("Counter", ("name", "labels", "value")),
+            ("Gauge", ("name", "labels", "value")),
+            ("Vector", ("name", "labels", "values")),
+        )
+    ),
     # Workers, and Model Runner V2 on a CPU.
     HostContact("vllm.config:ParallelConfig.worker_extension_cls", (), "set: layerskip_stats"),
     HostContact("vllm.platforms:vllm_version_matches_substr", ("substr",), "called"),
@@ -449,14 +516,21 @@ def vllm_version() -> str:
     return "unknown"
 
 
-def version_problem(version: str) -> str | None:
-    """Why LayerSkip cannot run on this vLLM, or None."""
-    first, end = SUPPORTED_VLLM
+def release_of(version: str) -> tuple[int, int] | None:
+    """(major, minor), or None of a build from source without a number."""
     try:
         major, minor = (int(part) for part in version.split(".")[:2])
     except ValueError:
-        return None  # A build from source; check_contacts says more than its name.
-    if first <= (major, minor) < end:
+        return None
+    return major, minor
+
+
+def version_problem(version: str) -> str | None:
+    """Why LayerSkip cannot run on this vLLM, or None."""
+    first, end = SUPPORTED_VLLM
+    release = release_of(version)
+    # Of a build from source check_contacts says more than its name.
+    if release is None or first <= release < end:
         return None
     wanted = f">={first[0]}.{first[1]},<{end[0]}.{end[1]}"
     return (
@@ -489,6 +563,11 @@ def contact_problem(contact: HostContact) -> str | None:
     if not contact.parameters:
         return None
     names = [name for name in inspect.signature(found).parameters if name != "cls"]
+    return parameters_problem(contact, names)
+
+
+def parameters_problem(contact: HostContact, names: list[str]) -> str | None:
+    """What is wrong with a contact that takes parameters of these names, or None."""
     wanted = [name for name in names if name in contact.parameters]
     if wanted != list(contact.parameters):
         return f"{contact.path} takes ({', '.join(names)}), expected {contact.parameters}"
@@ -536,11 +615,44 @@ def registered_class(architecture: str) -> str:
     return f"{model_class.__module__}:{model_class.__qualname__}"
 
 
+@functools.cache
+def warn_of_untested_vllm() -> None:
+    """Say once, not in each of an engine's processes, that LayerSkip would be refused here."""
+    problem = version_problem(vllm_version())
+    if problem is not None and multiprocessing.parent_process() is None:
+        logger.warning("%s Engines that do not ask for LayerSkip are unaffected.", problem)
+
+
+def allows_untested_vllm() -> bool:
+    """Whether the user let LayerSkip run on a version that it was not tested on.
+
+    Raises:
+        ValueError: ``LAYERSKIP_ALLOW_UNTESTED_VLLM`` is neither 0 nor 1.
+    """
+    value = os.environ.get(ALLOW_UNTESTED, "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"{ALLOW_UNTESTED}={value!r} must be 1 (allow) or 0. Correct or unset it.")
+    return value == "1"
+
+
 def require_supported_vllm() -> None:
-    """Raises RuntimeError, with a remedy, when LayerSkip cannot run on this vLLM."""
+    """Raises RuntimeError, with a remedy, when LayerSkip cannot run on this vLLM.
+
+    ``LAYERSKIP_ALLOW_UNTESTED_VLLM=1`` allows another version; what is touched must fit even so.
+    """
     problem = version_problem(vllm_version())
     if problem is not None:
-        raise RuntimeError(problem)
+        if not allows_untested_vllm():
+            raise RuntimeError(
+                f"{problem} To try this one at your own risk, set {ALLOW_UNTESTED}=1."
+            )
+        logger.warning(
+            "LayerSkip was not tested on vLLM %s, and %s=1 lets it run: that the names it uses "
+            "exist was checked, that they mean the same was not. Compare its greedy outputs "
+            "with plain decoding's.",
+            vllm_version(),
+            ALLOW_UNTESTED,
+        )
     problems = check_contacts()
     if problems:
         raise RuntimeError(

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vllm_layerskip import cli_args, host
+from vllm_layerskip import cli_args, host, metrics, step_counts
 from vllm_layerskip.models import SUPPORTED_ARCHITECTURES
 from vllm_layerskip.options import asks_for_layerskip
 from vllm_layerskip.triton_interpreter import interpret_mode
@@ -21,7 +21,14 @@ def register() -> None:
     Never raises, may be called again, and changes nothing for an engine that does not ask
     for LayerSkip: every wrapper hands such an engine straight to vLLM's own function.
     """
-    for step in (_register_models, _wrap_engine_args, _wrap_speculator, _replace_cpu_kernels):
+    for step in (
+        host.warn_of_untested_vllm,
+        _register_models,
+        _wrap_engine_args,
+        _wrap_speculator,
+        _wrap_scheduler,
+        _replace_cpu_kernels,
+    ):
         try:
             step()
         except Exception:
@@ -53,6 +60,12 @@ def _wrap_speculator() -> None:
     host.wrap_init_speculator(_init_speculator)
 
 
+def _wrap_scheduler() -> None:
+    from vllm.config.scheduler import SchedulerConfig
+
+    host.wrap(SchedulerConfig, "get_scheduler_cls", step_counts.wrap_get_scheduler_cls)
+
+
 def _replace_cpu_kernels() -> None:
     from vllm.platforms import current_platform
 
@@ -72,6 +85,7 @@ def _create_speculative_config(original: Callable) -> Callable:
         host.require_supported_vllm()
         from vllm_layerskip.config import build_config
 
+        metrics.export_from_front_ends()
         return build_config(request, self, target_model_config, target_parallel_config)
 
     return create_speculative_config
@@ -110,6 +124,7 @@ def _init_speculator(original: Callable) -> Callable:
         from vllm_layerskip.speculator import LayerSkipSpeculator
 
         offer_all_decode_graphs()
+        step_counts.send_from_workers()
         return LayerSkipSpeculator(vllm_config, device)
 
     return init_speculator

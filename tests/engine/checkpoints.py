@@ -18,6 +18,8 @@ def random_llama(
     vocab_size: int = 64,
     identity_from: int | None = None,
     logit_gain: float = 1.0,
+    late_from: int | None = None,
+    late_gain: float = 1.0,
     seed: int = 0,
 ) -> Path:
     """Save a random Llama and return its folder.
@@ -25,6 +27,8 @@ def random_llama(
     Args:
         identity_from: layers from this one on add nothing to the residual stream.
         logit_gain: scales the output distribution's sharpness.
+        late_from, late_gain: scale what layers from this one on add, so that early layers
+            predict some of the model's tokens and miss others.
     """
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -47,6 +51,9 @@ def random_llama(
         for layer in model.model.layers[num_layers if identity_from is None else identity_from :]:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
+        for layer in model.model.layers[num_layers if late_from is None else late_from :]:
+            layer.self_attn.o_proj.weight.mul_(late_gain)
+            layer.mlp.down_proj.weight.mul_(late_gain)
     model.save_pretrained(folder)
     return folder
 

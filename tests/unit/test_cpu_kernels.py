@@ -547,3 +547,16 @@ def test_normalisers_of_the_logits(with_drafts):
             atol=1e-5,
             rtol=1e-5,
         )
+
+
+def test_kernels_of_another_vllm_are_left_alone(monkeypatch):
+    """0.33 keeps their names and changes what they do (FLy verification, bonus rows)."""
+    registered = {}
+    monkeypatch.setattr(dispatcher, "_registry", {})
+    monkeypatch.setattr(dispatcher, "register_kernels", registered.update)
+    for version, foreign in (("0.32.1", True), ("dev", True), ("0.33.0", False)):
+        registered.clear()
+        monkeypatch.setattr(host, "vllm_version", lambda version=version: version)
+        cpu_kernels.register()
+        assert any(name.startswith("vllm.") for name in registered) == foreign
+        assert any(name.startswith("vllm_layerskip.") for name in registered)

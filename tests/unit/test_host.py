@@ -152,6 +152,81 @@ def test_another_version_is_refused_with_the_range_and_a_remedy(monkeypatch, ver
     assert ">=0.32,<0.34" in str(error.value)
 
 
+@pytest.fixture
+def newer_vllm(monkeypatch):
+    monkeypatch.setattr(host, "vllm_version", lambda: "0.34.0")
+    monkeypatch.delenv(host.ALLOW_UNTESTED, raising=False)
+    host.warn_of_untested_vllm.cache_clear()
+    yield monkeypatch
+    host.warn_of_untested_vllm.cache_clear()
+
+
+def test_a_newer_vllm_is_refused_on_use_and_the_override_named(newer_vllm):
+    newer_vllm.setenv(host.ALLOW_UNTESTED, "0")
+    with pytest.raises(RuntimeError, match="LAYERSKIP_ALLOW_UNTESTED_VLLM=1"):
+        host.require_supported_vllm()
+
+
+def test_a_newer_vllm_runs_with_the_override_and_says_so(newer_vllm, layerskip_log):
+    newer_vllm.setenv(host.ALLOW_UNTESTED, "1")
+    host.require_supported_vllm()
+    (record,) = layerskip_log.records
+    assert record.levelname == "WARNING"
+    assert "not tested on vLLM 0.34.0" in record.getMessage()
+    assert "\n" not in record.getMessage()
+
+
+def test_the_override_does_not_reach_over_contacts_that_moved(newer_vllm, fake_host):
+    newer_vllm.setenv(host.ALLOW_UNTESTED, "1")
+    newer_vllm.setattr(host, "CONTACTS", (HostContact("fake_host:gone"),))
+    host.check_contacts.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match="fake_host:gone is missing"):
+            host.require_supported_vllm()
+    finally:
+        host.check_contacts.cache_clear()
+
+
+@pytest.mark.parametrize("value", ["", "yes", "true", "2"])
+def test_an_override_of_another_value_is_an_error(newer_vllm, value):
+    newer_vllm.setenv(host.ALLOW_UNTESTED, value)
+    with pytest.raises(ValueError, match="must be 1 .allow. or 0"):
+        host.require_supported_vllm()
+
+
+def test_loading_the_plugin_warns_once_of_a_newer_vllm(newer_vllm, layerskip_log):
+    from vllm_layerskip.plugin import register
+
+    for _ in range(3):
+        register()
+    (record,) = [record for record in layerskip_log.records if record.levelname == "WARNING"]
+    assert record.exc_info is None
+    message = record.getMessage()
+    assert "vLLM 0.34.0 is installed" in message
+    assert "do not ask for LayerSkip are unaffected" in message
+    assert "\n" not in message
+
+
+def test_an_engines_other_processes_do_not_repeat_the_warning(newer_vllm, layerskip_log):
+    newer_vllm.setattr(host.multiprocessing, "parent_process", lambda: object())
+    host.warn_of_untested_vllm()
+    assert layerskip_log.records == []
+
+
+def test_a_supported_vllm_is_loaded_silently(layerskip_log):
+    host.warn_of_untested_vllm.cache_clear()
+    host.warn_of_untested_vllm()
+    assert layerskip_log.records == []
+
+
+def test_plain_engines_run_on_a_newer_vllm(newer_vllm, engine_config):
+    assert engine_config().speculative_config is None
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+    assert engine_config(ngram).speculative_config.method == "ngram"
+    with pytest.raises(RuntimeError, match="vLLM 0.34.0 is installed"):
+        engine_config({"method": "layerskip", "exit_layer": 2, "num_speculative_tokens": 3})
+
+
 def _shout(original):
     return lambda *args, **kwargs: ("wrapped", *original(*args, **kwargs))
 

@@ -17,9 +17,11 @@ FREE_OF_VLLM = (
     "vllm_layerskip.cli_args",
     "vllm_layerskip.draft_vocab",
     "vllm_layerskip.host",
+    "vllm_layerskip.metrics",
     "vllm_layerskip.models",
     "vllm_layerskip.options",
     "vllm_layerskip.plugin",
+    "vllm_layerskip.step_counts",
     "vllm_layerskip.training.recipe",
     "vllm_layerskip.triton_interpreter",
 )
@@ -28,6 +30,7 @@ WRAPPED = (
     "vllm.engine.arg_utils:EngineArgs.add_cli_args",
     "vllm.engine.arg_utils:EngineArgs.from_cli_args",
     "vllm.v1.worker.gpu.spec_decode:init_speculator",
+    "vllm.config.scheduler:SchedulerConfig.get_scheduler_cls",
 )
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
 
@@ -101,15 +104,22 @@ def _no_module(name):
 MISSING = {
     "EngineArgs.from_cli_args": (
         _without(("vllm.engine.arg_utils:EngineArgs", ".from_cli_args")),
-        (WRAPPED[0], WRAPPED[1], WRAPPED[3]),
+        (WRAPPED[0], WRAPPED[1], *WRAPPED[3:]),
     ),
-    "EngineArgs": (_without(("vllm.engine.arg_utils:", "EngineArgs")), (WRAPPED[3],)),
-    "vllm.engine.arg_utils": (_no_module("vllm.engine.arg_utils"), (WRAPPED[3],)),
+    "EngineArgs": (_without(("vllm.engine.arg_utils:", "EngineArgs")), WRAPPED[3:]),
+    "vllm.engine.arg_utils": (_no_module("vllm.engine.arg_utils"), WRAPPED[3:]),
     "init_speculator": (
         _without(("vllm.v1.worker.gpu.spec_decode:", "init_speculator")),
-        WRAPPED[:3],
+        (*WRAPPED[:3], WRAPPED[4]),
     ),
-    "the spec_decode package": (_no_module("vllm.v1.worker.gpu.spec_decode"), WRAPPED[:3]),
+    "the spec_decode package": (
+        _no_module("vllm.v1.worker.gpu.spec_decode"),
+        (*WRAPPED[:3], WRAPPED[4]),
+    ),
+    "SchedulerConfig.get_scheduler_cls": (
+        _without(("vllm.config.scheduler:SchedulerConfig", ".get_scheduler_cls")),
+        WRAPPED[:4],
+    ),
     "ModelRegistry": (
         _without(("vllm.model_executor.models.registry:", "ModelRegistry")),
         WRAPPED,
@@ -214,3 +224,17 @@ def test_the_runner_of_a_plain_engine_gets_vllms_own_speculator(unregistered, en
     config, device, req_states = engine_config(dict(NGRAM)), object(), object()
     assert spec_decode.init_speculator(config, device, req_states) is speculator
     assert calls == [(config, device, req_states)]
+
+
+def test_registering_imports_neither_scheduler_nor_metrics():
+    """Both take seconds, and ``vllm --help`` registers too."""
+    code = (
+        "import sys, vllm.engine.arg_utils\n"
+        "before = set(sys.modules)\n"
+        "from vllm_layerskip.plugin import register\n"
+        "register()\n"
+        "added = set(sys.modules) - before\n"
+        "slow = ('vllm.v1.core.sched.scheduler', 'vllm.v1.metrics.loggers')\n"
+        "assert not [name for name in slow if name in added]\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -33,6 +33,10 @@ from vllm_layerskip.cpu_kernels import batch, sampling, verification
 
 logger = logging.getLogger("vllm.layerskip.cpu_kernels")
 
+KNOWN_KERNELS = (0, 32)
+"""The (major, minor) of vLLM whose kernels these functions were held against: a kernel may keep
+its parameters and change its meaning."""
+
 _GPU = "vllm.v1.worker.gpu"
 _REJECTION = f"{_GPU}.spec_decode.rejection_sampler_utils"
 
@@ -64,14 +68,15 @@ REPLACEMENTS: dict[str, Callable[..., None]] = {
 def register() -> None:
     """Have vLLM launch these functions instead of the kernels, in this process.
 
-    A kernel of another vLLM that is missing, or lacks a parameter, is left alone.
+    Kernels of another vLLM than 0.32 are left alone; so is one that lacks a parameter.
     """
     from vllm.triton_utils import dispatcher
 
+    known = host.release_of(host.vllm_version()) in (None, KNOWN_KERNELS)
     launches = {}
     for path, function in REPLACEMENTS.items():
         name = path.replace(":", ".")
-        if name in dispatcher._registry:
+        if name in dispatcher._registry or not (known or name.startswith("vllm_layerskip.")):
             continue
         try:
             launches[name] = launcher(host.resolve(path).arg_names, function)
