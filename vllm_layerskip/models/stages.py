@@ -35,9 +35,10 @@ if TYPE_CHECKING:
     from vllm.sequence import IntermediateTensors
 
     from vllm_layerskip.exit_states import ExitStates
+    from vllm_layerskip.lora_rows import LoraRows
 
 
-@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "inputs_embeds": 0})
 class EarlyStage(nn.Module):
     """Embedding and layers 0..E-1."""
 
@@ -48,10 +49,12 @@ class EarlyStage(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.Tensor,  # [T]
+        input_ids: torch.Tensor | None,  # [T]
         positions: torch.Tensor,  # [T]
+        inputs_embeds: torch.Tensor | None = None,  # [T, H], in the place of input_ids
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden_states, residual = self.embed_tokens(input_ids), None
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        residual = None
         for layer in self.layers:
             hidden_states, residual = layer(positions, hidden_states, residual)
         assert residual is not None
@@ -97,6 +100,7 @@ class LayerSkipForCausalLM(ExitHead, nn.Module):
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         self.exit_layer = config.exit_layer
         self.exit_states: ExitStates | None = None  # Set by the speculator.
+        self.lora_rows: LoraRows | None = None  # Likewise, with LoRA.
         parts = {"vllm_config": vllm_config, "backbone": self.model, "exit_layer": self.exit_layer}
         with set_model_tag("layerskip_early"):
             early_stage = EarlyStage(**parts)
@@ -104,6 +108,7 @@ class LayerSkipForCausalLM(ExitHead, nn.Module):
             late_stage = LateStage(**parts)
         self._stages = (early_stage, late_stage)
         self._late_stage_inputs = _late_stage_inputs(vllm_config)
+        self._takes_embeds = vllm_config.model_config.enable_prompt_embeds
 
     @classmethod
     def get_model_state_cls(cls) -> type:
@@ -111,10 +116,20 @@ class LayerSkipForCausalLM(ExitHead, nn.Module):
 
         return LayerSkipModelState
 
+    def rebind_embedding(self) -> None:
+        """Have the early stage see an embedding that was replaced after it was made (LoRA)."""
+        self._stages[0].embed_tokens = self.model.embed_tokens
+
     def run_early_stage(
-        self, input_ids: torch.Tensor, positions: torch.Tensor
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._stages[0](input_ids, positions)
+        if self._takes_embeds and inputs_embeds is None:
+            # A stage is compiled once, for one kind of input; drafts have token ids.
+            inputs_embeds, input_ids = self.model.embed_input_ids(input_ids), None
+        return self._stages[0](input_ids, positions, inputs_embeds)
 
     def exit_norm(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """The exit head up to the LM head. May overwrite its arguments."""
@@ -122,15 +137,16 @@ class LayerSkipForCausalLM(ExitHead, nn.Module):
 
     def forward(
         self,
-        input_ids: torch.Tensor,  # [T]
+        input_ids: torch.Tensor | None,  # [T]
         positions: torch.Tensor,  # [T]
         intermediate_tensors: IntermediateTensors | None = None,
-        inputs_embeds: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,  # [T, H], with prompt embeddings
     ) -> torch.Tensor:
         plan = current_verify_plan()
         if plan is None:
-            hidden_states, residual = self.run_early_stage(input_ids, positions)
+            hidden_states, residual = self.run_early_stage(input_ids, positions, inputs_embeds)
         else:
+            assert input_ids is not None, "no exit states are reused with prompt embeddings"
             hidden_states, residual = self._reuse_exit_states(input_ids, positions, plan)
         if get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE:
             # A piecewise graph reads its inputs where they were at capture, and memory of the
