@@ -35,6 +35,7 @@ from vllm_layerskip.options import (
     resolve_options,
 )
 from vllm_layerskip.triton_interpreter import interpret_mode
+from vllm_layerskip.weight_files import check_weight_files
 
 logger = init_logger("vllm.layerskip.config")
 
@@ -117,6 +118,8 @@ def build_config(
     """
     _check_model(target_model_config)
     check_engine(engine_args, target_parallel_config)
+    if engine_args.load_format != "dummy":
+        check_weight_files(Path(target_model_config.model))
     _check_runner()
     options: LayerSkipOptions = resolve_options(
         request,
