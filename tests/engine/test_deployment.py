@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from engines import ENGINE_DEFAULTS
 
 HERE = Path(__file__).parent
@@ -100,6 +101,32 @@ def test_a_worker_killed_mid_draft_ends_requests_with_an_error(
         assert seen["error"] == "EngineDeadError"
         assert 0 < len(seen["tokens"]) < len(wanted)
         assert seen["tokens"] == wanted[: len(seen["tokens"])]
+
+
+def test_a_dummy_batch_between_two_steps_changes_nothing(pool, checkpoint, prompts):
+    """What a data parallel rank runs while it has no request, at the worst moment: between a
+    draft and its verification."""
+    expected = pool.get(checkpoint).greedy(prompts[:2], max_tokens=40)
+    engine = pool.layerskip(checkpoint, 3, 4)
+    exit_states = engine.runner.speculator.exit_states
+    with engine.counting() as counts:
+        engine.start("0", prompts[0], 40)
+        engine.start("1", prompts[1], 40)
+        for _ in range(6):
+            engine.step()
+            before = [cache.clone() for cache in engine.runner.kv_caches]
+            states = exit_states.states.clone()
+            num_valid = exit_states.num_valid_np.copy()
+            assert num_valid.max() == 4, "nothing was drafted"
+            engine.llm.collective_rpc("execute_dummy_batch")
+            for cache, cache_before in zip(engine.runner.kv_caches, before, strict=True):
+                assert torch.equal(cache, cache_before)
+            assert torch.equal(exit_states.states, states)
+            assert (exit_states.num_valid_np == num_valid).all()
+        tokens = engine.run_to_end()
+    assert [tokens[str(i)] for i in range(2)] == expected
+    counts.assert_speculated()
+    assert counts.num_verify_steps_reused > 0
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vllm_layerskip.weight_files import INDEX_NAME, check_weight_files
+from vllm_layerskip.weight_files import INDEX_NAME, check_weight_files, missing_weights
 
 REQUEST = {"method": "layerskip", "exit_layer": 2, "num_speculative_tokens": 3}
 
@@ -95,3 +95,32 @@ def test_an_engine_that_asks_for_layerskip_is_checked(engine_config, checkpoint,
         engine_config(dict(REQUEST), model=str(model))
     engine_config(model=str(model))
     engine_config(dict(REQUEST), model=str(model), load_format="dummy")
+
+
+PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
+PARAMETERS = ("model.norm.weight", "model.layers.0.attn.qkv_proj.weight", "lm_head.weight")
+CHECKPOINT = {
+    "model.norm.weight",
+    "lm_head.weight",
+    *(f"model.layers.0.attn.{part}.weight" for part in PACKED["qkv_proj"]),
+}
+
+
+def test_a_whole_checkpoint_lacks_nothing():
+    assert missing_weights(PARAMETERS, PACKED, set(PARAMETERS), CHECKPOINT) == []
+    # Fused in the checkpoint already.
+    assert missing_weights(PARAMETERS, PACKED, set(PARAMETERS), set(PARAMETERS)) == []
+
+
+@pytest.mark.parametrize("name", sorted(CHECKPOINT))
+def test_a_weight_that_is_missing_is_named_as_in_the_checkpoint(name):
+    names = CHECKPOINT - {name}
+    loaded = {parameter for parameter in PARAMETERS if parameter in names or "qkv" in parameter}
+    assert missing_weights(PARAMETERS, PACKED, loaded, names) == [name]
+
+
+def test_all_parts_of_a_fused_weight_may_be_missing():
+    names = {name for name in CHECKPOINT if "attn" not in name}
+    assert missing_weights(PARAMETERS, PACKED, names, names) == [
+        f"model.layers.0.attn.{part}.weight" for part in PACKED["qkv_proj"]
+    ]

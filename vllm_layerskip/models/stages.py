@@ -15,6 +15,7 @@ Shapes: T tokens, R requests, H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm_layerskip.config import LayerSkipConfig
 from vllm_layerskip.draft_head import ExitHead
 from vllm_layerskip.verify_plan import VerifyPlan, current_verify_plan
+from vllm_layerskip.weight_files import missing_weights
 
 if TYPE_CHECKING:
     from vllm.sequence import IntermediateTensors
@@ -109,12 +111,45 @@ class LayerSkipForCausalLM(ExitHead, nn.Module):
         self._stages = (early_stage, late_stage)
         self._late_stage_inputs = _late_stage_inputs(vllm_config)
         self._takes_embeds = vllm_config.model_config.enable_prompt_embeds
+        # Dummy weights may be followed by loads of a part of the weights.
+        self._loads_checkpoint = (
+            vllm_config.load_config.load_format != "dummy"
+            and vllm_config.model_config.quantization is None
+        )
 
     @classmethod
     def get_model_state_cls(cls) -> type:
         from vllm_layerskip.model_state import LayerSkipModelState
 
         return LayerSkipModelState
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """vLLM's.
+
+        Raises:
+            ValueError: the checkpoint that the engine starts from lacks weights.
+        """
+        checkpoint_names: set[str] = set()
+
+        def seen() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, weight in weights:
+                checkpoint_names.add(name)
+                yield name, weight
+
+        loaded_names = super().load_weights(seen())
+        if self._loads_checkpoint and self.num_weight_loads == 1:
+            missing = missing_weights(
+                (name for name, _ in self.named_parameters()),
+                self.packed_modules_mapping,
+                loaded_names,
+                checkpoint_names,
+            )
+            if missing:
+                raise ValueError(
+                    f"The checkpoint lacks {len(missing)} weight(s): {', '.join(missing[:8])}"
+                    f"{', ...' if len(missing) > 8 else ''}. Copy or download it again."
+                )
+        return loaded_names
 
     def rebind_embedding(self) -> None:
         """Have the early stage see an embedding that was replaced after it was made (LoRA)."""
