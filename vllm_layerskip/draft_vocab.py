@@ -62,7 +62,7 @@ def read_draft_vocab(path: Path, source: str, vocab_size: int) -> DraftVocab:
     """
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
             # A pipe would block, a device never end.
             raise ValueError(f"{source}: this is no regular file. Correct the path. {REMEDY}")
         num_bytes = status.st_size

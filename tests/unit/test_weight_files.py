@@ -90,7 +90,8 @@ def test_a_damaged_index_is_named(folder, content):
 def test_an_engine_that_asks_for_layerskip_is_checked(engine_config, checkpoint, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(checkpoint, model)
-    (model / "model.safetensors").write_bytes(b"")
+    save_file({"tensor": torch.ones(64)}, model / "model.safetensors")
+    cut(model / "model.safetensors")
     with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
         engine_config(dict(REQUEST), model=str(model))
     engine_config(model=str(model))
