@@ -127,12 +127,17 @@ def build_config(
         config_block=getattr(target_model_config.hf_config, CONFIG_BLOCK, None),
     )
     check_request(options, bool(request.get("reuse_exit_states")), engine_args)
+    without_reuse = settings_without_reuse(engine_args)
+    if without_reuse:
+        logger.info_once(
+            "LayerSkip verifies with every layer, since %s is on.", " and ".join(without_reuse)
+        )
     return LayerSkipConfig(
         target_model_config=target_model_config,
         target_parallel_config=target_parallel_config,
         exit_layer=options.exit_layer,
         num_speculative_tokens=options.num_speculative_tokens,
-        reuse_exit_states=options.reuse_exit_states and not settings_without_reuse(engine_args),
+        reuse_exit_states=options.reuse_exit_states and not without_reuse,
         draft_vocab=_read_draft_vocab(options.draft_vocab, target_model_config),
         **options.vllm_options,
     )

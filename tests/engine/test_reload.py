@@ -93,11 +93,10 @@ def discard(runner):
 
 
 @pytest.mark.parametrize(
-    "sample_method", ["greedy", "probabilistic"], ids=["greedy-drafts", "sampled-drafts"]
+    "sampling", [{}, {"draft_sample_method": "probabilistic"}], ids=["greedy", "probabilistic"]
 )
-def test_discarded_memory_is_made_anew(pool, checkpoint, prompts, draft_vocab, sample_method):
-    spec = {"draft_vocab": draft_vocab, "draft_sample_method": sample_method}
-    engine = pool.layerskip(checkpoint, 3, 4, spec=spec)
+def test_discarded_memory_is_made_anew(pool, checkpoint, prompts, draft_vocab, sampling):
+    engine = pool.layerskip(checkpoint, 3, 4, spec={"draft_vocab": draft_vocab, **sampling})
     before = speculate(engine, prompts[:3])
     engine.reset_prefix_cache()
     discard(engine.runner)
