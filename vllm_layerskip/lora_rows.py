@@ -4,13 +4,14 @@
 vLLM maps rows to adapters once a step, for the target's forward: a row per scheduled token, and
 for the LM head a row per request. Two passes have other rows:
 
-* verification has 1 + K rows of logits per request, where Model Runner V2 maps one;
-* a draft pass has one row per request. It writes the target's K/V, so the wrong adapter would be
-  wrong output.
+* verification has 1 + K rows of logits per request, where Model Runner V2 maps one: without the
+  right rows its tokens would be another adapter's;
+* a draft pass has one row per request. With another row's adapter its drafts would be rejected.
 
-With LoRA every verify step is the ordinary forward (no exit states are reused), since the early
-stage would need a mapping of its own in the middle of a forward; and drafts run without CUDA
-graph, whose captured kernels would follow the number of active adapters.
+With LoRA every verify step is the ordinary forward, which writes the K/V of every draft again: no
+exit states are reused, since the early stage would need a mapping of its own in the middle of a
+forward. Drafts run without CUDA graph, whose captured kernels would follow the number of active
+adapters.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA adapters mixed in one batch: each row of a draft gets its request's adapter.
 
-Catches a draft pass or a verify step with another row's adapter (pitfalls T16), which would
-write wrong K/V into the target's cache.
+Catches a verify step with another row's adapter (pitfalls T16), by its tokens, and a draft pass
+with one, by its acceptance: verification with LoRA writes every draft's K/V again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from vllm.lora.request import LoRARequest
 
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
-MAX_TOKENS = 32
 # One slot more than adapters: vLLM's CPU kernels index the last slot for rows without one.
 LORA = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 8}
 if ON_GPU:  # Its LoRA kernels take no float32.
@@ -43,13 +42,15 @@ def adapters(checkpoint, tmp_path_factory):
     return make_adapters(checkpoint, tmp_path_factory.mktemp("adapters"), modules, gain=0.05)
 
 
-def generate(engine, requests, max_tokens=MAX_TOKENS):
-    """Greedy tokens of ``(prompt, adapter or None)`` pairs, as one call."""
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+def generate(engine, requests):
+    """Greedy tokens of ``(prompt, adapter or None, max_tokens)``, as one call."""
     outputs = engine.llm.generate(
-        [TokensPrompt(prompt_token_ids=prompt) for prompt, _ in requests],
-        params,
-        lora_request=[adapter for _, adapter in requests],
+        [TokensPrompt(prompt_token_ids=prompt) for prompt, _, _ in requests],
+        [
+            SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+            for *_, max_tokens in requests
+        ],
+        lora_request=[adapter for _, adapter, _ in requests],
         use_tqdm=False,
     )
     return [list(output.outputs[0].token_ids) for output in outputs]
@@ -58,8 +59,12 @@ def generate(engine, requests, max_tokens=MAX_TOKENS):
 @pytest.mark.skipif(ON_GPU, reason="tokens of bfloat16 depend on batch shapes")
 def test_adapters_and_base_mixed_in_one_batch(pool, checkpoint, prompts, adapters):
     plain = pool.get(checkpoint, **LORA)
-    # Twelve requests for four places: rows of all three come and go.
-    requests = [(prompt, adapter) for prompt in prompts[:4] for adapter in (None, *adapters)]
+    # Twelve requests for four places: rows of all three come and go, and slots change hands.
+    requests = [
+        (prompt, adapter, 16 + 9 * number)
+        for number, prompt in enumerate(prompts[:4])
+        for adapter in (None, *adapters)
+    ]
     expected = [generate(plain, [request])[0] for request in requests]
     for first in range(0, len(requests), 3):
         base, *adapted = expected[first : first + 3]
@@ -81,7 +86,11 @@ def test_drafts_and_verification_have_the_same_adapter(pool, tmp_path):
     adapters = make_adapters(checkpoint, tmp_path, {"one": early, "two": early}, gain=0.2)
     engine = pool.layerskip(checkpoint, 2, 3, **LORA)
     prompts = [[0, *range(3, 3 + length)] for length in (4, 21)]
-    requests = [(prompt, adapter) for prompt in prompts for adapter in (*adapters, None)]
+    requests = [
+        (prompt, adapter, 60 - 17 * number)
+        for number, adapter in enumerate((*adapters, None))
+        for prompt in prompts
+    ]
     with engine.counting() as counts:
         tokens = generate(engine, requests)
     assert len({*map(tuple, tokens)}) == len(requests)
