@@ -16,9 +16,11 @@ from typing import Any
 
 from vllm.config.speculative import SpeculativeConfig
 from vllm.config.utils import config
+from vllm.logger import init_logger
 from vllm.transformers_utils.repo_utils import get_hf_file_bytes
 
 from vllm_layerskip import __version__
+from vllm_layerskip.admission import check_engine, check_request, settings_without_reuse
 from vllm_layerskip.draft_vocab import (
     REMEDY,
     DraftVocab,
@@ -33,6 +35,9 @@ from vllm_layerskip.options import (
     resolve_options,
 )
 from vllm_layerskip.triton_interpreter import interpret_mode
+from vllm_layerskip.weight_files import check_weight_files
+
+logger = init_logger("vllm.layerskip.config")
 
 WORKER_EXTENSION = "vllm_layerskip.worker_extension.LayerSkipWorkerExtension"
 
@@ -58,8 +63,19 @@ class LayerSkipConfig(SpeculativeConfig):
         self.draft_parallel_config = self.target_parallel_config
         self.prompt_lookup_min = self.prompt_lookup_max = 0
         self._use_layerskip_model_class()
-        if not self.target_parallel_config.worker_extension_cls:
-            self.target_parallel_config.worker_extension_cls = WORKER_EXTENSION
+        self._extend_workers()
+
+    def _extend_workers(self) -> None:
+        parallel_config = self.target_parallel_config
+        if not parallel_config.worker_extension_cls:
+            parallel_config.worker_extension_cls = WORKER_EXTENSION
+        elif parallel_config.worker_extension_cls != WORKER_EXTENSION:
+            logger.info_once(
+                "worker_extension_cls=%r is kept: workers answer 'layerskip_stats' only if it "
+                "derives from %s.",
+                parallel_config.worker_extension_cls,
+                WORKER_EXTENSION,
+            )
 
     def _use_layerskip_model_class(self) -> None:
         """Have this engine's target load our model class; other engines keep vLLM's."""
@@ -101,20 +117,28 @@ def build_config(
             engine setting; the message says what to change.
     """
     model = select_model(target_model_config)
-    _check_engine(engine_args, target_parallel_config)
+    check_engine(engine_args, target_parallel_config)
+    if engine_args.load_format != "dummy":
+        check_weight_files(Path(target_model_config.model))
     _check_runner()
     options: LayerSkipOptions = resolve_options(
         request,
         num_layers=target_model_config.get_total_num_hidden_layers(),
         config_block=getattr(target_model_config.hf_config, CONFIG_BLOCK, None),
     )
+    check_request(options, bool(request.get("reuse_exit_states")), engine_args)
+    without_reuse = settings_without_reuse(engine_args)
+    if without_reuse:
+        logger.info_once(
+            "LayerSkip verifies with every layer, since %s is on.", " and ".join(without_reuse)
+        )
     return LayerSkipConfig(
         target_model_config=target_model_config,
         target_parallel_config=target_parallel_config,
         architecture=model.architecture,
         exit_layer=options.exit_layer,
         num_speculative_tokens=options.num_speculative_tokens,
-        reuse_exit_states=options.reuse_exit_states,
+        reuse_exit_states=options.reuse_exit_states and not without_reuse,
         draft_vocab=_read_draft_vocab(options.draft_vocab, target_model_config),
         **options.vllm_options,
     )
@@ -135,23 +159,6 @@ def _read_draft_vocab(file: DraftVocabFile | None, model_config: Any) -> DraftVo
             f"{file.source}: the checkpoint {model_config.model!r} has no such file. {REMEDY}"
         )
     return parse_draft_vocab(content, file.source, vocab_size)
-
-
-def _check_engine(engine_args: Any, parallel_config: Any) -> None:
-    unsupported = (
-        ("pipeline_parallel_size", parallel_config.pipeline_parallel_size, 1),
-        ("decode_context_parallel_size", parallel_config.decode_context_parallel_size, 1),
-        ("prefill_context_parallel_size", parallel_config.prefill_context_parallel_size, 1),
-        ("use_ubatching (enable_dbo, ubatch_size)", parallel_config.use_ubatching, False),
-        ("enable_lora", bool(engine_args.enable_lora), False),
-        ("enable_prompt_embeds", bool(engine_args.enable_prompt_embeds), False),
-    )
-    for name, value, only in unsupported:
-        if value != only:
-            raise ValueError(
-                f"LayerSkip does not support {name}={value!r}; the only valid value is {only!r}. "
-                "Change it, or use another speculative method."
-            )
 
 
 def _check_runner() -> None:

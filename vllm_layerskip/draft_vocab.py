@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,7 +61,11 @@ def read_draft_vocab(path: Path, source: str, vocab_size: int) -> DraftVocab:
             message says what to do.
     """
     try:
-        num_bytes = path.stat().st_size
+        status = path.stat()
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            # A pipe would block, a device never end.
+            raise ValueError(f"{source}: this is no regular file. Correct the path. {REMEDY}")
+        num_bytes = status.st_size
         if num_bytes > MAX_FILE_BYTES:
             raise ValueError(
                 f"{source}: the file has {num_bytes} bytes, at most {MAX_FILE_BYTES} are read. "

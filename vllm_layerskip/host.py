@@ -331,6 +331,27 @@ CONTACTS: tuple[HostContact, ...] = (
         ("vllm_config", "model"),
         "asks the model for its state class",
     ),
+    # LoRA.
+    HostContact(
+        "vllm.lora.model_manager:LoRAModelManager.set_adapter_mapping",
+        ("self", "mapping"),
+        "called: rows of drafts and of verification's logits",
+    ),
+    HostContact(
+        "vllm.lora.layers:LoRAMapping",
+        ("index_mapping", "prompt_mapping", "is_prefill"),
+        "built as LoRAModelRunnerMixin._set_active_loras builds it",
+    ),
+    HostContact(f"{_GPU}.lora_utils:NO_LORA_ID", (), "read: a row of the base model"),
+    HostContact(
+        "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin._set_active_loras",
+        ("self", "prompt_lora_mapping", "token_lora_mapping", "lora_requests"),
+        "runs before prepare_attn, which corrects the rows of logits",
+    ),
+    # Admission.
+    HostContact("vllm.utils.import_utils:resolve_obj_by_qualname", ("qualname",), "called"),
+    HostContact("vllm.v1.core.sched.scheduler:Scheduler", (), "base of a custom scheduler_cls"),
+    HostContact("vllm.config:CompilationMode.STOCK_TORCH_COMPILE", (), "refused by name"),
     # Helpers that we call.
     HostContact(
         "vllm.v1.worker.gpu.attn_utils:init_attn_backend",

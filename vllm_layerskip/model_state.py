@@ -76,6 +76,7 @@ class LayerSkipModelState(DefaultModelState):
         self.config = config
         assert model.exit_states is not None, "the speculator loads before the model state"
         self.exit_states = model.exit_states
+        self.lora_rows = model.lora_rows
         self.stats = VerifyStats()
         self.early_attn_groups: list[list[AttentionGroup]] = []
         # What a plan points at; captured graphs read it again at each replay.
@@ -86,6 +87,8 @@ class LayerSkipModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
         self.exit_states.invalidate(req_index)
+        if self.lora_rows is not None:
+            self.lora_rows.add_request(req_index, new_req_data.lora_request)
 
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, block_tables: BlockTables
@@ -128,6 +131,8 @@ class LayerSkipModelState(DefaultModelState):
             for_capture=for_capture,
             **kwargs,
         )
+        if self.lora_rows is not None and input_batch.num_draft_tokens_per_req is not None:
+            self.lora_rows.map_verify(input_batch)
         covered = self._covered(input_batch)
         if for_capture or cudagraph_mode == CUDAGraphMode.FULL:
             reuses = self._graph_reuses(input_batch)
@@ -281,7 +286,8 @@ def _prepare_plan_kernel(  # type: ignore[no-untyped-def]
     is_request = row < num_requests
     idx_mapping = tl.load(idx_mapping_ptr + row, mask=is_request, other=-1)
     tl.store(idx_mapping_out_ptr + row, idx_mapping, mask=in_batch)
-    # Padding has no query; its first start is the 0 that the buffer was made with.
+    tl.store(query_start_loc_out_ptr, 0)  # Sleep level 2 discards the buffer's first content.
+    # Padding has no query.
     query_end = tl.minimum(row + 1, num_queries)
     tl.store(query_start_loc_out_ptr + row + 1, query_end, mask=in_batch)
     last_draft = row * (num_drafts + 1) + num_drafts

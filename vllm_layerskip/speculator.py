@@ -52,6 +52,7 @@ from vllm_layerskip.draft_graphs import DraftCudaGraphManager
 from vllm_layerskip.draft_head import DraftHead
 from vllm_layerskip.draft_inputs import advance, prepare_first_pass
 from vllm_layerskip.exit_states import ExitStates
+from vllm_layerskip.lora_rows import LoraRows
 from vllm_layerskip.models.stages import early_attn_layer_names
 
 logger = init_logger("vllm.layerskip.speculator")
@@ -68,6 +69,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         )
         self.draft_steps = torch.arange(self.num_speculative_steps, device=device)
         self.draft_graphs: DraftCudaGraphManager | None = None
+        self.lora_rows: LoraRows | None = None
         self.early_attn_layer_names: set[str] = set()
         self.draft_attn_layer_names: set[str] = set()  # The runner must see no draft layers.
         logger.info_once(
@@ -117,6 +119,10 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             target_attn_layer_names, self.exit_layer
         )
         target_model.exit_states = self.exit_states
+        if self.vllm_config.lora_config is not None:
+            # vLLM has wrapped the layers by now.
+            self.lora_rows = LoraRows(target_model, self.max_num_reqs)
+            target_model.lora_rows = self.lora_rows
         return target_model
 
     def set_attn(
@@ -144,6 +150,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         fused = (
             cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
             and self.supports_decode_metadata_update
+            and self.lora_rows is None
         )
         self.draft_graphs = DraftCudaGraphManager(
             self.vllm_config,
@@ -206,6 +213,8 @@ class LayerSkipSpeculator(DraftModelSpeculator):
 
         if self.draft_head is not None:
             self.draft_head.refresh()
+        if self.lora_rows is not None:
+            self.lora_rows.map_drafts(input_batch, dummy_run)
         max_seq_len = int(input_batch.seq_lens_cpu_upper_bound[:num_reqs].max())
         self.draft_max_seq_len = min(max_seq_len + num_speculative_tokens, self.num_positions)
         self._copy_request_inputs(

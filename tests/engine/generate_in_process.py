@@ -11,7 +11,12 @@ def main() -> None:
     request = json.loads(sys.argv[1])
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
+    from vllm.v1.executor import Executor
 
+    if "ray" in request:
+        import ray
+
+        ray.init(**request["ray"])
     llm = LLM(**request["engine"])
     params = SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True)
     prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in request["prompts"]]
@@ -19,6 +24,7 @@ def main() -> None:
     result = {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "stats": llm.collective_rpc("layerskip_stats"),
+        "executor": Executor.get_class(llm.llm_engine.vllm_config).__name__,
         "metrics": {
             metric.name: metric.value
             for metric in llm.get_metrics()

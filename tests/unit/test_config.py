@@ -159,23 +159,8 @@ def test_vllms_own_checks_still_run(engine_config):
         engine_config(REQUEST | {"rejection_sample_method": "guess"})
 
 
-NEED_ONE, NEED_FALSE = "the only valid value is 1", "the only valid value is False"
-
-# Engine settings that LayerSkip refuses, and what the error must say.
+# What LayerSkip refuses of a model, and what the error must say (settings: test_admission.py).
 REFUSED = [
-    ({"pipeline_parallel_size": 2}, ("pipeline_parallel_size=2", NEED_ONE, "Change it")),
-    (
-        {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
-        ("decode_context_parallel_size=2", NEED_ONE, "Change it"),
-    ),
-    (
-        {"prefill_context_parallel_size": 2},
-        ("prefill_context_parallel_size=2", NEED_ONE, "Change it"),
-    ),
-    ({"enable_dbo": True}, ("enable_dbo", "=True", NEED_FALSE, "Change it")),
-    ({"ubatch_size": 2}, ("ubatch_size", "=True", NEED_FALSE, "Change it")),
-    ({"enable_lora": True}, ("enable_lora=True", NEED_FALSE, "Change it")),
-    ({"enable_prompt_embeds": True}, ("enable_prompt_embeds=True", NEED_FALSE, "Change it")),
     ({"runner": "pooling"}, ("runner='pooling'", "runner='generate'")),
 ]
 

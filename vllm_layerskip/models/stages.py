@@ -15,6 +15,7 @@ Shapes: T tokens, R requests, H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +31,13 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm_layerskip.config import LayerSkipConfig
 from vllm_layerskip.draft_head import ExitHead
 from vllm_layerskip.verify_plan import VerifyPlan, current_verify_plan
+from vllm_layerskip.weight_files import missing_weights
 
 if TYPE_CHECKING:
     from vllm.sequence import IntermediateTensors
 
     from vllm_layerskip.exit_states import ExitStates
+    from vllm_layerskip.lora_rows import LoraRows
 
 
 class Decoder:
@@ -83,7 +86,7 @@ class StreamDecoder(Decoder):
         return self.model.norm(hidden_states)
 
 
-@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "inputs_embeds": 0})
 class EarlyStage(nn.Module):
     """Embedding and layers 0..E-1."""
 
@@ -95,10 +98,13 @@ class EarlyStage(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.Tensor,  # [T]
+        input_ids: torch.Tensor | None,  # [T]
         positions: torch.Tensor,  # [T]
+        inputs_embeds: torch.Tensor | None = None,  # [T, H], in the place of input_ids
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden_states = self._scale_embeds(self._embed_input_ids(input_ids))
+        if inputs_embeds is None:
+            inputs_embeds = self._embed_input_ids(input_ids)
+        hidden_states = self._scale_embeds(inputs_embeds)
         residual = None
         for layer in self.layers:
             hidden_states, residual = self._run_layer(layer, positions, hidden_states, residual)
@@ -145,6 +151,7 @@ class LayerSkipForCausalLM(ExitHead, Decoder, nn.Module):
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         self.exit_layer = config.exit_layer
         self.exit_states: ExitStates | None = None  # Set by the speculator.
+        self.lora_rows: LoraRows | None = None  # Likewise, with LoRA.
         parts = {"vllm_config": vllm_config, "model": self, "exit_layer": self.exit_layer}
         with set_model_tag("layerskip_early"):
             early_stage = EarlyStage(**parts)
@@ -152,6 +159,12 @@ class LayerSkipForCausalLM(ExitHead, Decoder, nn.Module):
             late_stage = LateStage(**parts)
         self._stages = (early_stage, late_stage)
         self._late_stage_inputs = _late_stage_inputs(vllm_config)
+        self._takes_embeds = vllm_config.model_config.enable_prompt_embeds
+        # Dummy weights may be followed by loads of a part of the weights.
+        self._loads_checkpoint = (
+            vllm_config.load_config.load_format != "dummy"
+            and vllm_config.model_config.quantization is None
+        )
 
     @classmethod
     def get_model_state_cls(cls) -> type:
@@ -159,10 +172,44 @@ class LayerSkipForCausalLM(ExitHead, Decoder, nn.Module):
 
         return LayerSkipModelState
 
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """vLLM's.
+
+        Raises:
+            ValueError: the checkpoint that the engine starts from lacks weights.
+        """
+        checkpoint_names: set[str] = set()
+
+        def seen() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, weight in weights:
+                checkpoint_names.add(name)
+                yield name, weight
+
+        loaded_names = super().load_weights(seen())
+        if self._loads_checkpoint and self.num_weight_loads == 1:
+            missing = missing_weights(
+                (name for name, _ in self.named_parameters()),
+                getattr(self, "packed_modules_mapping", {}),
+                loaded_names,
+                checkpoint_names,
+            )
+            if missing:
+                raise ValueError(
+                    f"The checkpoint lacks {len(missing)} weight(s): {', '.join(missing[:8])}"
+                    f"{', ...' if len(missing) > 8 else ''}. Copy or download it again."
+                )
+        return loaded_names
+
     def run_early_stage(
-        self, input_ids: torch.Tensor, positions: torch.Tensor
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._stages[0](input_ids, positions)
+        if self._takes_embeds and inputs_embeds is None:
+            # A stage is compiled once, for one kind of input; drafts have token ids.
+            inputs_embeds, input_ids = self.model.embed_input_ids(input_ids), None
+        return self._stages[0](input_ids, positions, inputs_embeds)
 
     def exit_norm(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """The exit head up to the LM head. May overwrite its arguments."""
@@ -170,15 +217,16 @@ class LayerSkipForCausalLM(ExitHead, Decoder, nn.Module):
 
     def forward(
         self,
-        input_ids: torch.Tensor,  # [T]
+        input_ids: torch.Tensor | None,  # [T]
         positions: torch.Tensor,  # [T]
         intermediate_tensors: IntermediateTensors | None = None,
-        inputs_embeds: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,  # [T, H], with prompt embeddings
     ) -> torch.Tensor:
         plan = current_verify_plan()
         if plan is None:
-            hidden_states, residual = self.run_early_stage(input_ids, positions)
+            hidden_states, residual = self.run_early_stage(input_ids, positions, inputs_embeds)
         else:
+            assert input_ids is not None, "no exit states are reused with prompt embeddings"
             hidden_states, residual = self._reuse_exit_states(input_ids, positions, plan)
         if get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE:
             # A piecewise graph reads its inputs where they were at capture, and memory of the
