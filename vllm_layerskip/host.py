@@ -58,6 +58,11 @@ CONTACTS: tuple[HostContact, ...] = (
         ("self", "target_model_config", "target_parallel_config"),
         "wrapped: builds LayerSkipConfig when asked to",
     ),
+    HostContact(
+        f"{_ENGINE_ARGS}.create_model_config",
+        ("self",),
+        "wrapped: called with hf_overrides of E layers for early exit",
+    ),
     HostContact(f"{_ENGINE_ARGS}.add_cli_args", ("parser",), "wrapped: adds our flags"),
     HostContact(f"{_ENGINE_ARGS}.from_cli_args", ("args",), "wrapped: folds our flags in"),
     HostContact(
@@ -74,6 +79,20 @@ CONTACTS: tuple[HostContact, ...] = (
         "vllm.model_executor.models.registry:ModelRegistry.register_model",
         ("model_arch", "model_cls"),
         "called: registers our model classes",
+    ),
+    # Early exit.
+    HostContact(
+        "vllm.model_executor.models.registry:ModelRegistry",
+        (),
+        "models read: the class that an early-exit class derives from",
+    ),
+    HostContact(
+        "vllm.model_executor.models.registry:_LazyRegisteredModel.load_model_cls",
+        ("self",),
+        "called",
+    ),
+    HostContact(
+        "vllm.config:ModelConfig.get_total_num_hidden_layers", ("self",), "called: L of a model"
     ),
     # Config.
     HostContact(f"{_CONFIG}.__post_init__", ("self",), "overridden: carrier is draft_model"),
