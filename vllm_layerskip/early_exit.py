@@ -107,8 +107,7 @@ def cut_overrides(request: EarlyExitRequest, model_config: Any) -> dict[str, Any
     Raises:
         ValueError: the model or E is not supported; the message says what is.
     """
-    hf_config = model_config.hf_config
-    architecture = (list(hf_config.architectures or ()) or [None])[0]
+    architecture = model_config.architecture
     _check_model(request, model_config, architecture)
     num_layers = model_config.get_total_num_hidden_layers()
     exit_layer = _check_exit_layer(request, num_layers)
@@ -116,14 +115,19 @@ def cut_overrides(request: EarlyExitRequest, model_config: Any) -> dict[str, Any
         **request.other_overrides,
         "architectures": [architectures()[architecture]],
         "num_hidden_layers": exit_layer,
-        **per_layer_values(hf_config.to_dict(), num_layers, exit_layer),
+        **per_layer_values(model_config.hf_config.to_dict(), num_layers, exit_layer),
         KEY: exit_layer,
         NUM_CHECKPOINT_LAYERS: num_layers,
     }
 
 
-def _check_model(request: EarlyExitRequest, model_config: Any, architecture: str | None) -> None:
-    model = SUPPORTED_ARCHITECTURES.get(architecture or "")
+def _check_model(request: EarlyExitRequest, model_config: Any, architecture: str) -> None:
+    if model_config.model_impl not in ("auto", "vllm"):
+        raise ValueError(
+            f"{request.source}: early exit cuts vLLM's own model classes; model_impl="
+            f"{model_config.model_impl!r} must be 'auto' or 'vllm'. Change it."
+        )
+    model = SUPPORTED_ARCHITECTURES.get(architecture)
     if model is None:
         raise ValueError(
             f"{request.source}: early exit does not support the architecture {architecture!r} of "
@@ -140,11 +144,6 @@ def _check_model(request: EarlyExitRequest, model_config: Any, architecture: str
         raise ValueError(
             f"{request.source}: early exit serves a model that generates text, but the engine runs "
             f"with runner={model_config.runner_type!r}. Drop it, or set runner='generate'."
-        )
-    if model_config.model_impl not in ("auto", "vllm"):
-        raise ValueError(
-            f"{request.source}: early exit cuts vLLM's own model classes; model_impl="
-            f"{model_config.model_impl!r} must be 'auto' or 'vllm'. Change it."
         )
 
 

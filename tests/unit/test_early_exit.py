@@ -117,9 +117,8 @@ def test_what_cannot_be_cut_is_refused(engine_args, settings, overrides, message
 
 
 def test_transformers_own_backend_is_refused():
-    hf_config = types.SimpleNamespace(architectures=["LlamaForCausalLM"])
     model_config = types.SimpleNamespace(
-        hf_config=hf_config, runner_type="generate", model_impl="transformers"
+        architecture="TransformersForCausalLM", runner_type="generate", model_impl="transformers"
     )
     with pytest.raises(ValueError, match="model_impl='transformers' must be 'auto' or 'vllm'"):
         early_exit.cut_overrides(find_request({"early_exit_layer": 2}), model_config)

@@ -23,4 +23,9 @@ COMMANDS: tuple[Command, ...] = (
         "vllm_layerskip.commands.draft_vocab",
         "Choose the token ids that drafts may be, from the texts that a model writes.",
     ),
+    Command(
+        "eval",
+        "vllm_layerskip.commands.eval",
+        "Perplexity, accuracy and agreement of every exit layer on held-out text.",
+    ),
 )
