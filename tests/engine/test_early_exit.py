@@ -5,12 +5,17 @@ memory: against transformers' model cut in place, and against a checkpoint that 
 
 from __future__ import annotations
 
+import json
+import logging
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import load_reference
+from engines import Engine
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
 
@@ -129,3 +134,110 @@ def test_a_prompt_from_the_prefix_cache_gets_the_same_tokens(pool, checkpoint, p
     finally:
         del engine.scheduler.kv_cache_manager.get_computed_blocks
     assert hits[0] > 0
+
+
+def test_the_log_says_once_that_output_is_lossy(random_checkpoint, caplog):
+    logger = logging.getLogger("vllm.layerskip")
+    logger.addHandler(caplog.handler)
+    try:
+        for _ in range(2):
+            Engine(str(random_checkpoint), hf_overrides={"early_exit_layer": 2}).close()
+    finally:
+        logger.removeHandler(caplog.handler)
+    (message,) = [m for m in caplog.messages if "LayerSkip early exit" in m]
+    assert "layers 0..1 of 4" in message
+    assert "lossy" in message
+
+
+def generate_from_flags(checkpoint, prompts, *flags, **environment):
+    """``(tokens, log)`` of an engine in processes of its own, set up by flags."""
+    process = subprocess.run(
+        [
+            sys.executable, Path(__file__).with_name("generate_from_flags.py"),
+            json.dumps(prompts), str(NUM_TOKENS),
+            "--model", checkpoint,
+            "--dtype", "float32",
+            "--max-model-len", "256",
+            "--max-num-seqs", "4",
+            "--kv-cache-memory-bytes", str(16 << 20),
+            "--enforce-eager",
+            *flags,
+        ],
+        env={
+            **os.environ,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            "VLLM_LOGGING_LEVEL": "INFO",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )  # fmt: skip
+    log = process.stdout + process.stderr
+    lines = [line for line in process.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, log[-9000:]
+    return json.loads(lines[0].removeprefix("RESULT ")), log
+
+
+def test_two_ranks_serve_the_same_tokens(pool, checkpoint, prompts):
+    tokens, log = generate_from_flags(
+        checkpoint, prompts[:4],
+        "--early-exit-layer", str(EXIT_LAYER),
+        "--tensor-parallel-size", "2",
+        "--distributed-executor-backend", "mp",
+        VLLM_CPU_OMP_THREADS_BIND="0|1",
+        VLLM_CPU_KVCACHE_SPACE="1",
+    )  # fmt: skip
+    assert tokens == early_exit(pool, checkpoint).greedy(prompts[:4], NUM_TOKENS)
+    assert log.count("LayerSkip early exit") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("v2", ["0", "1"])
+def test_both_model_runners_serve_the_same_tokens(pool, checkpoint, prompts, v2):
+    tokens, log = generate_from_flags(
+        checkpoint, prompts[:4],
+        "--early-exit-layer", str(EXIT_LAYER),
+        VLLM_USE_V2_MODEL_RUNNER=v2,
+    )  # fmt: skip
+    assert tokens == early_exit(pool, checkpoint).greedy(prompts[:4], NUM_TOKENS)
+
+
+@pytest.mark.slow
+def test_the_compiled_model_serves_the_same_tokens(pool, checkpoint, prompts):
+    engine = early_exit(pool, checkpoint, enforce_eager=False)
+    assert engine.greedy(prompts, NUM_TOKENS) == early_exit(pool, checkpoint).greedy(
+        prompts, NUM_TOKENS
+    )
+
+
+@pytest.mark.slow
+def test_vllm_bench_and_serve_take_the_flag(checkpoint):
+    vllm = Path(sys.executable).with_name("vllm")
+    flags = ["--dtype", "float32", "--max-model-len", "128", "--enforce-eager"]
+    bench = subprocess.run(
+        [
+            vllm, "bench", "latency", "--model", checkpoint, *flags,
+            "--kv-cache-memory-bytes", str(16 << 20),
+            "--early-exit-layer", str(EXIT_LAYER),
+            "--input-len", "8", "--output-len", "4", "--batch-size", "1",
+            "--num-iters", "1", "--num-iters-warmup", "1",
+        ],
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO"},
+        capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    log = bench.stdout + bench.stderr
+    assert bench.returncode == 0, log[-6000:]
+    assert log.count("LayerSkip early exit: layers 0..2 of 12") == 1
+    refused = subprocess.run(
+        [
+            vllm, "serve", checkpoint, *flags,
+            "--early-exit-layer", "3", "--speculative-model", "[self]", "--spec-tokens", "2",
+        ],
+        capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert refused.returncode != 0
+    log = refused.stdout + refused.stderr
+    assert "early_exit_layer=3 (--early-exit-layer) serves the first layers alone" in log
+    assert "'model': '[self]'" in log
