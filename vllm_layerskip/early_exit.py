@@ -149,16 +149,19 @@ def _check_model(request: EarlyExitRequest, model_config: Any, architecture: str
 
 def _check_exit_layer(request: EarlyExitRequest, num_layers: int) -> int:
     exit_layer = request.exit_layer
-    is_integer = isinstance(exit_layer, int) and not isinstance(exit_layer, bool)
-    if not is_integer or not 1 <= exit_layer < num_layers:
-        valid = (
-            f"must be an integer from 1 to {num_layers - 1} (the model has {num_layers} layers; "
-            "to serve them all, leave it out)"
-            if num_layers > 1
-            else f"has no valid value for a model of {num_layers} layer(s). Leave it out"
-        )
-        raise ValueError(f"{request.source} {valid}.")
-    return exit_layer
+    if (
+        isinstance(exit_layer, int)
+        and not isinstance(exit_layer, bool)
+        and 1 <= exit_layer < num_layers
+    ):
+        return exit_layer
+    valid = (
+        f"must be an integer from 1 to {num_layers - 1} (the model has {num_layers} layers; to "
+        "serve them all, leave it out)"
+        if num_layers > 1
+        else f"has no valid value for a model of {num_layers} layer(s). Leave it out"
+    )
+    raise ValueError(f"{request.source} {valid}.")
 
 
 def per_layer_values(
@@ -168,7 +171,7 @@ def per_layer_values(
 
     A list counts as such if its name speaks of layers and it has one value a layer.
     """
-    values = {
+    values: dict[str, Any] = {
         key: value[:exit_layer]
         for key, value in hf_config.items()
         if "layer" in key and isinstance(value, list | tuple) and len(value) == num_layers

@@ -94,6 +94,7 @@ CONTACTS: tuple[HostContact, ...] = (
     HostContact(
         "vllm.config:ModelConfig.get_total_num_hidden_layers", ("self",), "called: L of a model"
     ),
+    HostContact("vllm.config:ModelConfig.architecture", (), "read: which model is cut"),
     # Config.
     HostContact(f"{_CONFIG}.__post_init__", ("self",), "overridden: carrier is draft_model"),
     HostContact(f"{_CONFIG}.compute_hash", ("self",), "overridden: adds E, K, reuse, version"),

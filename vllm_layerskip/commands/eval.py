@@ -26,7 +26,7 @@ from vllm_layerskip.commands import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-    from vllm_layerskip.training.evaluation_data import EncodedText, Windows
+    from vllm_layerskip.training.evaluation_data import BeginOfSequence, EncodedText, Windows
     from vllm_layerskip.training.evaluation_report import Result
 
 DEFAULT_SEQ_LEN = 2048
@@ -268,7 +268,7 @@ def _encode(
     found: list[tuple[EncodedText, int | None]] = []
     for name, config in zip(names, configs, strict=True):
         tokenizer = _load_tokenizer(name, args.trust_remote_code)
-        bos = args.bos if tokenizer.bos_token_id is not None else "none"
+        bos: BeginOfSequence = args.bos if tokenizer.bos_token_id is not None else "none"
         encoded = encode(tokenizer, documents, bos, args.max_tokens)
         if len(encoded.token_ids) < 2:
             raise UserError(f"--data {' '.join(args.data)}: there are fewer than two tokens in it.")

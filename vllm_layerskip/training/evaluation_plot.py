@@ -32,15 +32,15 @@ _RC: Any = {
     "axes.grid": True,
     "grid.alpha": 0.3,
     "legend.frameon": False,
-    "lines.markersize": 4,
+    "lines.markersize": 3.5,
     "savefig.dpi": 300,
     "svg.hashsalt": "vllm-layerskip",  # The same data make the same file.
 }
-_INCHES = (7.0, 2.6)  # A page's text width.
+_INCHES = (7.0, 2.7)  # A page's text width.
 _PANELS = (
-    ("perplexity", "Perplexity of held-out text", 1),
+    ("perplexity", "Perplexity (log scale)", 1),
     ("accuracy", "Next-token accuracy (%)", 100),
-    ("agreement", "Agreement with last layer (%)", 100),
+    ("agreement", "Agreement with last (%)", 100),
 )
 _MAX_TICKS = 8
 
@@ -86,6 +86,7 @@ def draw(result: Result) -> Figure:
                 marker=marker,
                 linestyle=line,
                 label=model["label"],
+                clip_on=False,  # Whole markers at 100 %.
             )
         axes.set_xlabel("Exit layer (layers run)")
         axes.set_ylabel(title)
