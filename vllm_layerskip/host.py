@@ -80,6 +80,14 @@ CONTACTS: tuple[HostContact, ...] = (
         ("model_arch", "model_cls"),
         "called: registers our model classes",
     ),
+    # Config.
+    HostContact(f"{_CONFIG}.__post_init__", ("self",), "overridden: carrier is draft_model"),
+    HostContact(f"{_CONFIG}.compute_hash", ("self",), "overridden: adds E, K, reuse, version"),
+    HostContact(f"{_CONFIG}.max_num_new_slots_for_drafting", (), "overridden: 0 extra slots"),
+    HostContact(f"{_CONFIG}.update_arch_", ("self",), "called: re-resolves the model class"),
+    HostContact(f"{_CONFIG}._verify_args", ("self",), "runs on our config as well"),
+    HostContact("vllm.config:VllmConfig.num_lookahead_tokens", (), "K slots for the drafts"),
+    HostContact("vllm.config:VllmConfig.use_v2_model_runner", (), "must be true"),
     # Early exit.
     HostContact(
         "vllm.model_executor.models.registry:ModelRegistry",
@@ -95,14 +103,6 @@ CONTACTS: tuple[HostContact, ...] = (
         "vllm.config:ModelConfig.get_total_num_hidden_layers", ("self",), "called: L of a model"
     ),
     HostContact("vllm.config:ModelConfig.architecture", (), "read: which model is cut"),
-    # Config.
-    HostContact(f"{_CONFIG}.__post_init__", ("self",), "overridden: carrier is draft_model"),
-    HostContact(f"{_CONFIG}.compute_hash", ("self",), "overridden: adds E, K, reuse, version"),
-    HostContact(f"{_CONFIG}.max_num_new_slots_for_drafting", (), "overridden: 0 extra slots"),
-    HostContact(f"{_CONFIG}.update_arch_", ("self",), "called: re-resolves the model class"),
-    HostContact(f"{_CONFIG}._verify_args", ("self",), "runs on our config as well"),
-    HostContact("vllm.config:VllmConfig.num_lookahead_tokens", (), "K slots for the drafts"),
-    HostContact("vllm.config:VllmConfig.use_v2_model_runner", (), "must be true"),
     # Speculator.
     HostContact(f"{_SPECULATOR}.__init__", ("self", "vllm_config", "device"), "called"),
     HostContact(f"{_SPECULATOR}.load_model", ("self", "target_model"), "overridden"),
