@@ -21,13 +21,7 @@ def register() -> None:
     Never raises, may be called again, and changes nothing for an engine that does not ask
     for LayerSkip: every wrapper hands such an engine straight to vLLM's own function.
     """
-    for step in (
-        _register_models,
-        _wrap_engine_args,
-        _wrap_model_config,
-        _wrap_speculator,
-        _replace_cpu_kernels,
-    ):
+    for step in (_register_models, _wrap_engine_args, _wrap_speculator, _replace_cpu_kernels):
         try:
             step()
         except Exception:
@@ -56,11 +50,6 @@ def _wrap_engine_args() -> None:
     host.wrap(EngineArgs, "create_speculative_config", _create_speculative_config)
     host.wrap(EngineArgs, "add_cli_args", cli_args.wrap_add_cli_args)
     host.wrap(EngineArgs, "from_cli_args", cli_args.wrap_from_cli_args)
-
-
-def _wrap_model_config() -> None:
-    from vllm.engine.arg_utils import EngineArgs
-
     host.wrap(EngineArgs, "create_model_config", _create_model_config)
 
 

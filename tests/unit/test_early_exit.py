@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from vllm_layerskip import early_exit
+from vllm_layerskip import early_exit, host, plugin
 from vllm_layerskip.early_exit import find_request, per_layer_values
 
 from .conftest import NUM_LAYERS
@@ -41,6 +41,13 @@ def test_a_plain_engine_and_each_exit_layer_are_compiled_apart(engine_config):
         for overrides in ({}, *({"early_exit_layer": e} for e in (1, 2, 3)))
     }
     assert len(hashes) == 4
+
+
+def test_create_model_config_is_wrapped_exactly_once(engine_args):
+    wrapper = host.resolve("vllm.engine.arg_utils:EngineArgs.create_model_config")
+    plugin.register()
+    assert host.resolve("vllm.engine.arg_utils:EngineArgs.create_model_config") is wrapper
+    assert not hasattr(wrapper.__wrapped__, "__wrapped__")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,6 @@ WRAPPED = (
     "vllm.engine.arg_utils:EngineArgs.add_cli_args",
     "vllm.engine.arg_utils:EngineArgs.from_cli_args",
     "vllm.v1.worker.gpu.spec_decode:init_speculator",
-    "vllm.engine.arg_utils:EngineArgs.create_model_config",
 )
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
 
@@ -103,18 +102,15 @@ def _no_module(name):
 MISSING = {
     "EngineArgs.from_cli_args": (
         _without(("vllm.engine.arg_utils:EngineArgs", ".from_cli_args")),
-        (WRAPPED[0], WRAPPED[1], WRAPPED[3], WRAPPED[4]),
+        (WRAPPED[0], WRAPPED[1], WRAPPED[3]),
     ),
     "EngineArgs": (_without(("vllm.engine.arg_utils:", "EngineArgs")), (WRAPPED[3],)),
     "vllm.engine.arg_utils": (_no_module("vllm.engine.arg_utils"), (WRAPPED[3],)),
     "init_speculator": (
         _without(("vllm.v1.worker.gpu.spec_decode:", "init_speculator")),
-        (*WRAPPED[:3], WRAPPED[4]),
+        WRAPPED[:3],
     ),
-    "the spec_decode package": (
-        _no_module("vllm.v1.worker.gpu.spec_decode"),
-        (*WRAPPED[:3], WRAPPED[4]),
-    ),
+    "the spec_decode package": (_no_module("vllm.v1.worker.gpu.spec_decode"), WRAPPED[:3]),
     "ModelRegistry": (
         _without(("vllm.model_executor.models.registry:", "ModelRegistry")),
         WRAPPED,
