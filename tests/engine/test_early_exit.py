@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import load_reference
+from transformers import AutoConfig, AutoModelForCausalLM
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
 
+from vllm_layerskip.models import SUPPORTED_ARCHITECTURES
 from vllm_layerskip.models.early_exit import layer_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -37,9 +39,8 @@ def early_exit(pool, model, exit_layer=EXIT_LAYER, **settings):
 
 
 @torch.no_grad()
-def truncated_greedy(folder, exit_layer, prompts):
+def truncated_greedy(model, exit_layer, prompts):
     """transformers, its upper layers removed: no cache, no code of vLLM's."""
-    model = load_reference(folder)
     model.model.layers = model.model.layers[:exit_layer]
     continuations = []
     for prompt in prompts:
@@ -73,7 +74,7 @@ def loads():
 
 def test_tokens_are_those_of_the_truncated_model(pool, checkpoint, cut_checkpoint, prompts):
     tokens = early_exit(pool, checkpoint).greedy(prompts, NUM_TOKENS)
-    assert tokens == truncated_greedy(checkpoint, EXIT_LAYER, prompts)
+    assert tokens == truncated_greedy(load_reference(checkpoint), EXIT_LAYER, prompts)
     assert tokens == pool.get(cut_checkpoint).greedy(prompts, NUM_TOKENS)
     assert tokens != pool.get(checkpoint).greedy(prompts, NUM_TOKENS), "nothing was cut"
 
@@ -82,7 +83,7 @@ def test_tokens_are_those_of_the_truncated_model(pool, checkpoint, cut_checkpoin
 def test_the_whole_range_of_a_model_with_an_untied_head(pool, random_checkpoint, exit_layer):
     prompts = [[5, 9, 12], [3, 60, 17, 33, 8, 21, 40]]
     tokens = early_exit(pool, random_checkpoint, exit_layer).greedy(prompts, NUM_TOKENS)
-    assert tokens == truncated_greedy(random_checkpoint, exit_layer, prompts)
+    assert tokens == truncated_greedy(load_reference(random_checkpoint), exit_layer, prompts)
 
 
 def test_upper_layers_have_neither_weights_nor_a_kv_cache(pool, checkpoint, cut_checkpoint, loads):
@@ -132,6 +133,53 @@ def test_a_prompt_from_the_prefix_cache_gets_the_same_tokens(pool, checkpoint, p
     finally:
         del engine.scheduler.kv_cache_manager.get_computed_blocks
     assert hits[0] > 0
+
+
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+}
+INTERLEAVED = ["sliding_attention", "full_attention"] * 2
+FAMILIES = {
+    "Qwen2ForCausalLM": {"model_type": "qwen2"},
+    "MistralForCausalLM": {"model_type": "mistral"},
+    "Qwen3ForCausalLM": {"model_type": "qwen3", "tie_word_embeddings": True},
+    "Gemma2ForCausalLM": {
+        "model_type": "gemma2",
+        "layer_types": INTERLEAVED,
+        "sliding_window": 16,
+        "final_logit_softcapping": 3.0,
+        "initializer_range": 0.08,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(name, marks=[] if name == "Qwen2ForCausalLM" else [pytest.mark.slow])
+        for name in FAMILIES
+        if name in SUPPORTED_ARCHITECTURES
+    ],
+)
+def test_every_family_is_cut_by_vllms_own_class(pool, tmp_path_factory, architecture):
+    options = {**TINY, **FAMILIES[architecture]}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**options)
+    folder = tmp_path_factory.mktemp(architecture) / "model"
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    prompts = [[5, 9, 12], [(7 * i) % 60 + 3 for i in range(40)]]
+    engine = early_exit(pool, folder, 3)
+    assert type(engine.runner.model).__name__ == f"EarlyExit{architecture}"
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert engine.greedy(prompts, NUM_TOKENS) == truncated_greedy(reference, 3, prompts)
 
 
 def generate_from_flags(checkpoint, prompts, *flags, **environment):
