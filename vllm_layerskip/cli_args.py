@@ -7,6 +7,8 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from vllm_layerskip.early_exit import FLAG as EARLY_EXIT_FLAG
+from vllm_layerskip.early_exit import KEY as EARLY_EXIT_KEY
 from vllm_layerskip.options import METHOD, SELF, parse_exit_layer
 
 
@@ -47,6 +49,14 @@ def add_layerskip_args(parser: argparse.ArgumentParser) -> None:
         help="File of the token ids that drafts may be ('vllm-layerskip draft-vocab' makes "
         "one), 'none' for the whole vocabulary, or 'auto' (the default) for the file that the "
         "checkpoint's config.json names, if it names one.",
+    )
+    group.add_argument(
+        EARLY_EXIT_FLAG,
+        type=int,
+        metavar="E",
+        default=None,
+        help="Serve the model cut after its first E layers, without verification: faster, and "
+        "lossy. Excludes speculation.",
     )
     group.add_argument(
         "--speculative-model",
@@ -91,6 +101,9 @@ def wrap_from_cli_args(original: Callable) -> Callable:
         for key, value in own.items():
             if value is not None:
                 engine_args.speculative_config = _merged(engine_args.speculative_config, key, value)
+        early_exit_layer = getattr(args, EARLY_EXIT_KEY, None)
+        if early_exit_layer is not None:
+            engine_args.hf_overrides = _with_early_exit(engine_args.hf_overrides, early_exit_layer)
         return engine_args
 
     return from_cli_args
@@ -104,6 +117,16 @@ def _merged(speculative_config: dict[str, Any] | None, key: str, value: object) 
             f"{flag} and --speculative-config['{key}'] are mutually exclusive. Give one."
         )
     return {**given, key: value}
+
+
+def _with_early_exit(hf_overrides: dict[str, Any] | None, value: int) -> dict[str, Any]:
+    given = hf_overrides or {}
+    if EARLY_EXIT_KEY in given:
+        raise ValueError(
+            f"{EARLY_EXIT_FLAG} and --hf-overrides['{EARLY_EXIT_KEY}'] are mutually exclusive. "
+            "Give one."
+        )
+    return {**given, EARLY_EXIT_KEY: value}
 
 
 def _exit_layer(text: str) -> int | str:

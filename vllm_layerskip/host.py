@@ -69,6 +69,11 @@ CONTACTS: tuple[HostContact, ...] = (
         ("self", "target_model_config", "target_parallel_config"),
         "wrapped: builds LayerSkipConfig when asked to",
     ),
+    HostContact(
+        f"{_ENGINE_ARGS}.create_model_config",
+        ("self",),
+        "wrapped: called with hf_overrides of E layers for early exit",
+    ),
     HostContact(f"{_ENGINE_ARGS}.add_cli_args", ("parser",), "wrapped: adds our flags"),
     HostContact(f"{_ENGINE_ARGS}.from_cli_args", ("args",), "wrapped: folds our flags in"),
     HostContact(
@@ -104,6 +109,21 @@ CONTACTS: tuple[HostContact, ...] = (
     HostContact(f"{_CONFIG}._verify_args", ("self",), "runs on our config as well"),
     HostContact("vllm.config:VllmConfig.num_lookahead_tokens", (), "K slots for the drafts"),
     HostContact("vllm.config:VllmConfig.use_v2_model_runner", (), "must be true"),
+    # Early exit.
+    HostContact(
+        "vllm.model_executor.models.registry:ModelRegistry",
+        (),
+        "models read: the class that an early-exit class derives from",
+    ),
+    HostContact(
+        "vllm.model_executor.models.registry:_LazyRegisteredModel.load_model_cls",
+        ("self",),
+        "called",
+    ),
+    HostContact(
+        "vllm.config:ModelConfig.get_total_num_hidden_layers", ("self",), "called: L of a model"
+    ),
+    HostContact("vllm.config:ModelConfig.architecture", (), "read: which model is cut"),
     # Speculator.
     HostContact(f"{_SPECULATOR}.__init__", ("self", "vllm_config", "device"), "called"),
     HostContact(f"{_SPECULATOR}.load_model", ("self", "target_model"), "overridden"),

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vllm_layerskip import cli_args, host, metrics, step_counts
+from vllm_layerskip import cli_args, early_exit, host, metrics, step_counts
 from vllm_layerskip.models import SUPPORTED_ARCHITECTURES
 from vllm_layerskip.options import asks_for_layerskip
 from vllm_layerskip.triton_interpreter import interpret_mode
@@ -46,6 +46,9 @@ def _register_models() -> None:
 
     for model in dict.fromkeys(SUPPORTED_ARCHITECTURES.values()):
         ModelRegistry.register_model(model.architecture, model.path)
+    for architecture in early_exit.architectures().values():
+        path = f"vllm_layerskip.models.early_exit:{architecture}"
+        ModelRegistry.register_model(architecture, path)
 
 
 def _wrap_engine_args() -> None:
@@ -54,6 +57,7 @@ def _wrap_engine_args() -> None:
     host.wrap(EngineArgs, "create_speculative_config", _create_speculative_config)
     host.wrap(EngineArgs, "add_cli_args", cli_args.wrap_add_cli_args)
     host.wrap(EngineArgs, "from_cli_args", cli_args.wrap_from_cli_args)
+    host.wrap(EngineArgs, "create_model_config", _create_model_config)
 
 
 def _wrap_speculator() -> None:
@@ -73,6 +77,25 @@ def _replace_cpu_kernels() -> None:
         from vllm_layerskip import cpu_kernels
 
         cpu_kernels.register()
+
+
+def _create_model_config(original: Callable) -> Callable:
+    def create_model_config(self: Any) -> Any:
+        request = early_exit.find_request(self.hf_overrides)
+        if request is None:
+            return original(self)
+        host.require_supported_vllm()
+        early_exit.refuse_speculation(request, _speculative_request(self))
+        # Once for the whole model, to see its layers, and once for the part that is served.
+        given = self.hf_overrides
+        try:
+            self.hf_overrides = request.other_overrides
+            self.hf_overrides = early_exit.cut_overrides(request, original(self))
+            return original(self)
+        finally:
+            self.hf_overrides = given
+
+    return create_model_config
 
 
 def _create_speculative_config(original: Callable) -> Callable:

@@ -16,6 +16,7 @@ FREE_OF_VLLM = (
     "vllm_layerskip.cli",
     "vllm_layerskip.cli_args",
     "vllm_layerskip.draft_vocab",
+    "vllm_layerskip.early_exit",
     "vllm_layerskip.host",
     "vllm_layerskip.metrics",
     "vllm_layerskip.models",

@@ -28,4 +28,9 @@ COMMANDS: tuple[Command, ...] = (
         "vllm_layerskip.commands.train",
         "Train a model with layer dropout and the early-exit loss.",
     ),
+    Command(
+        "eval",
+        "vllm_layerskip.commands.eval",
+        "Perplexity, accuracy and agreement of every exit layer on held-out text.",
+    ),
 )

@@ -81,8 +81,11 @@ class TokenCounts:
         self.num_passages += 1
 
 
-def corpus_files(paths: Sequence[Path]) -> list[Path]:
+def corpus_files(paths: Sequence[Path], option: str = "--corpus") -> list[Path]:
     """The text files, in a fixed order.
+
+    Args:
+        option: the command line's name for ``paths``.
 
     Raises:
         UserError: a path does not exist, or there is no text file at all.
@@ -95,9 +98,9 @@ def corpus_files(paths: Sequence[Path]) -> list[Path]:
         elif path.is_file():
             files.append(path)
         else:
-            raise UserError(f"--corpus {path}: there is no such file or folder.")
+            raise UserError(f"{option} {path}: there is no such file or folder.")
     if not files:
-        raise UserError(f"--corpus {' '.join(map(str, paths))}: there is no text file in it.")
+        raise UserError(f"{option} {' '.join(map(str, paths))}: there is no text file in it.")
     return files
 
 
@@ -187,10 +190,16 @@ def _texts(file: Path, text_field: str) -> Iterator[str]:
             return
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield _jsonl_text(line, f"--corpus {file}, line {number}", text_field)
+                text = jsonl_text(line, f"--corpus {file}, line {number}", text_field)
+                yield text if text.endswith("\n") else f"{text}\n"
 
 
-def _jsonl_text(line: str, where: str, text_field: str) -> str:
+def jsonl_text(line: str, where: str, text_field: str) -> str:
+    """The text of a line of a .jsonl file.
+
+    Raises:
+        UserError: it has none.
+    """
     try:
         value = json.loads(line)
     except ValueError as error:
@@ -201,7 +210,7 @@ def _jsonl_text(line: str, where: str, text_field: str) -> str:
             f"{where}: there is no text. Each line must be a JSON string, or an object with the "
             f"text in {text_field!r} (--text-field)."
         )
-    return text if text.endswith("\n") else f"{text}\n"
+    return text
 
 
 def _passages(texts: Iterator[str]) -> Iterator[str]:

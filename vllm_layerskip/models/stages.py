@@ -141,7 +141,8 @@ class LayerSkipForCausalLM(ExitHead, Decoder, nn.Module):
         if not isinstance(config, LayerSkipConfig):
             raise ValueError(
                 f"{type(self).__name__} needs a LayerSkip engine. Set speculative_config="
-                "{'method': 'layerskip'}, and leave the checkpoint's architectures as they are."
+                "{'method': 'layerskip'}, and leave the checkpoint's architectures as they are. "
+                "(With hf_overrides={'early_exit_layer': E} the first E layers serve alone.)"
             )
         if not vllm_config.use_v2_model_runner:
             raise ValueError(

@@ -12,7 +12,7 @@ Shapes: B samples, T tokens, N continuation tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -22,6 +22,9 @@ from transformers import GenerationConfig
 
 from vllm_layerskip.training.exits import exit_logits, record_exit_states
 
+_LOGITS_AT_ONCE = 1 << 25
+"""Positions go through the head in chunks of about this many logits (float32: 128 MiB)."""
+
 
 @dataclass(frozen=True)
 class ExitScore:
@@ -29,30 +32,117 @@ class ExitScore:
 
     exit_layer: int
     accuracy: float
+    """Share of tokens that are the exit's argmax."""
     perplexity: float
+    """exp of the mean negative log likelihood of a token (natural logarithm)."""
+    agreement: float
+    """Share of tokens at which the exit's argmax is the last layer's."""
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self)
 
 
 @torch.inference_mode()
-def score_exits(model: nn.Module, windows: torch.Tensor, batch_size: int = 16) -> list[ExitScore]:
-    """Accuracy and perplexity of every exit on ``windows [B, T]`` of token ids."""
+def score_exits(
+    model: nn.Module,
+    windows: torch.Tensor,
+    batch_size: int = 16,
+    *,
+    scored: torch.Tensor | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[ExitScore]:
+    """Scores of every exit, from one pass of the model over the text.
+
+    Beside the exit states of one batch, ``L * B * T * H`` values, there are never more than a
+    chunk of one exit's logits in memory.
+
+    Args:
+        windows: ``[B, T]`` token ids.
+        batch_size: windows in a forward pass.
+        scored: ``[B, T]`` booleans, the tokens that count; default: all. The first of a window
+            never does, as nothing precedes it.
+        progress: called with the number of windows of each batch when it is done.
+
+    Raises:
+        ValueError: no token counts.
+    """
     num_layers = model.config.num_hidden_layers
-    correct, nll, count = [0] * num_layers, [0.0] * num_layers, 0
-    for batch in windows.to(model.device).split(batch_size):
+    totals = [_Totals() for _ in range(num_layers)]
+    if scored is None:
+        scored = torch.ones_like(windows, dtype=torch.bool)
+    for batch, counted in zip(
+        windows.split(batch_size), scored[:, 1:].split(batch_size), strict=True
+    ):
+        ids, counted = batch.to(model.device), counted.to(model.device)
+        labels = ids[:, 1:][counted]  # [N]
         with record_exit_states(model) as states:
-            model.model(input_ids=batch, use_cache=False)
-        labels = batch[:, 1:].flatten()
-        count += labels.numel()
-        for layer, state in enumerate(states):
-            logits = exit_logits(model, state[:, :-1]).flatten(0, 1).float()
-            correct[layer] += int((logits.argmax(-1) == labels).sum())
-            nll[layer] += float(F.cross_entropy(logits, labels, reduction="sum"))
-    return [
-        ExitScore(layer + 1, correct[layer] / count, math.exp(nll[layer] / count))
-        for layer in range(num_layers)
-    ]
+            model.model(input_ids=ids, use_cache=False)
+        last_argmax: torch.Tensor | None = None
+        for layer in reversed(range(num_layers)):
+            argmax = totals[layer].add(model, states[layer][:, :-1][counted], labels)
+            if last_argmax is None:
+                last_argmax = argmax
+            totals[layer].num_agreeing += int((argmax == last_argmax).sum())
+        if progress is not None:
+            progress(len(batch))
+    if totals[-1].num_tokens == 0:
+        raise ValueError(
+            "No token to score: every window needs two tokens, and one that counts behind the "
+            "first. Give more text."
+        )
+    return [total.score(layer + 1) for layer, total in enumerate(totals)]
+
+
+@dataclass
+class _Totals:
+    """Sums over the tokens that one exit has predicted."""
+
+    num_tokens: int = 0
+    num_correct: int = 0
+    num_agreeing: int = 0
+    nll: float = 0.0
+
+    def add(self, model: nn.Module, state: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Add tokens ``labels [N]``, predicted from ``state [N, H]``; returns argmaxes ``[N]``."""
+        chunk = max(_LOGITS_AT_ONCE // model.config.vocab_size, 1)
+        argmaxes = []
+        for rows, targets in zip(state.split(chunk), labels.split(chunk), strict=True):
+            logits = exit_logits(model, rows).float()
+            argmaxes.append(logits.argmax(-1))
+            self.nll += float(F.cross_entropy(logits, targets, reduction="sum"))
+        argmax = torch.cat(argmaxes)
+        self.num_tokens += labels.numel()
+        self.num_correct += int((argmax == labels).sum())
+        return argmax
+
+    def score(self, exit_layer: int) -> ExitScore:
+        return ExitScore(
+            exit_layer=exit_layer,
+            accuracy=self.num_correct / self.num_tokens,
+            perplexity=_exp(self.nll / self.num_tokens),
+            agreement=self.num_agreeing / self.num_tokens,
+        )
+
+
+def _exp(value: float) -> float:
+    """``math.exp``, infinite where it would overflow."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
+
+
+@torch.inference_mode()
+def last_exit_difference(model: nn.Module, token_ids: torch.Tensor) -> float:
+    """How far the last exit's logits are from the model's own, relative to the largest.
+
+    Args:
+        token_ids: ``[B, T]``.
+    """
+    with record_exit_states(model) as states:
+        own = model(input_ids=token_ids, use_cache=False).logits.float()
+    exit_ = exit_logits(model, states[-1]).float()
+    return float((exit_ - own).abs().max() / own.abs().max())
 
 
 @torch.inference_mode()
