@@ -9,10 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
+from vllm.platforms import current_platform
 
 ON_GPU = torch.cuda.is_available()
 
@@ -27,6 +29,8 @@ ENGINE_DEFAULTS: dict[str, Any] = {
     "kv_cache_memory_bytes": 16 << 20,
     "disable_log_stats": False,
     "seed": 0,
+    # The default on a GPU; tests that are about it ask for it on a CPU, too.
+    "async_scheduling": None if ON_GPU else False,
 }
 
 
@@ -40,7 +44,11 @@ class SpecCounts:
 
     num_speculative_tokens: int
     drafts: list[tuple[int, int]] = field(default_factory=list)
-    """(drafted, accepted) of each request and step."""
+    """(drafted, accepted) of each request and step; without drafts that a grammar forbids."""
+    request_ids: list[str] = field(default_factory=list)
+    """Whose drafts they were: the caller's id and what vLLM appends to it."""
+    num_invalid_drafts: int = 0
+    """Drafts that a grammar forbids, and that were verified (async scheduling)."""
     num_verify_steps_reused: int = 0
     num_verify_steps_full: int = 0
     num_preemptions: int = 0
@@ -68,10 +76,42 @@ class SpecCounts:
             for position in range(self.num_speculative_tokens)
         ]
 
+    def of_request(self, request_id: str) -> list[tuple[int, int]]:
+        return [
+            draft
+            for owner, draft in zip(self.request_ids, self.drafts, strict=True)
+            if owner.rsplit("-", 1)[0] == request_id
+        ]
+
     def assert_speculated(self) -> None:
         """Equal tokens mean nothing unless something was drafted and accepted."""
         assert self.num_drafts > 0
         assert 0 < self.num_accepted_tokens <= self.num_draft_tokens
+
+
+@contextlib.contextmanager
+def _async_scheduling_as_asked() -> Iterator[None]:
+    """Let an engine on a CPU have ``async_scheduling=True``, the default on a GPU.
+
+    vLLM's CPU platform turns it off because a CPU gains nothing by it, whatever was asked. All
+    of it runs there nonetheless: the scheduler plans a step before it knows the tokens of the
+    one before. What a CPU cannot show is a step that really overlaps another.
+    """
+    platform = type(current_platform)
+    apply = platform.check_and_update_config
+
+    def check_and_update_config(vllm_config: Any) -> None:
+        asked = vllm_config.scheduler_config.async_scheduling
+        apply(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = asked
+
+    if ON_GPU:
+        yield
+        return
+    with mock.patch.object(
+        platform, "check_and_update_config", staticmethod(check_and_update_config)
+    ):
+        yield
 
 
 class Engine:
@@ -80,7 +120,8 @@ class Engine:
     def __init__(self, model: str, **settings: Any) -> None:
         if not (Path(model) / "tokenizer.json").exists():
             settings.setdefault("skip_tokenizer_init", True)
-        self.llm = LLM(model, **{**ENGINE_DEFAULTS, **settings})
+        with _async_scheduling_as_asked():
+            self.llm = LLM(model, **{**ENGINE_DEFAULTS, **settings})
 
     @property
     def core(self) -> Any:
@@ -117,7 +158,11 @@ class Engine:
         observe, preempt = scheduler.make_spec_decoding_stats, scheduler._preempt_request
 
         def make_spec_decoding_stats(stats: Any, **kwargs: Any) -> Any:
-            counts.drafts.append((kwargs["num_draft_tokens"], kwargs["num_accepted_tokens"]))
+            invalid = (kwargs["num_invalid_spec_tokens"] or {}).get(kwargs["request_id"], 0)
+            drafted = kwargs["num_draft_tokens"] - invalid
+            counts.drafts.append((drafted, kwargs["num_accepted_tokens"]))
+            counts.request_ids.append(kwargs["request_id"])
+            counts.num_invalid_drafts += invalid
             return observe(stats, **kwargs)
 
         def preempt_request(*args: Any, **kwargs: Any) -> Any:
