@@ -51,7 +51,12 @@ class SpecCounts:
     """Drafts that a grammar forbids, and that were verified (async scheduling)."""
     num_verify_steps_reused: int = 0
     num_verify_steps_full: int = 0
-    num_preemptions: int = 0
+    preempted: list[str] = field(default_factory=list)
+    """Ids of preempted requests, in order."""
+
+    @property
+    def num_preemptions(self) -> int:
+        return len(self.preempted)
 
     @property
     def num_drafts(self) -> int:
@@ -90,7 +95,7 @@ class SpecCounts:
 
 
 @contextlib.contextmanager
-def _async_scheduling_as_asked() -> Iterator[None]:
+def async_scheduling_as_asked() -> Iterator[None]:
     """Let an engine on a CPU have ``async_scheduling=True``, the default on a GPU.
 
     vLLM's CPU platform turns it off because a CPU gains nothing by it, whatever was asked. All
@@ -120,7 +125,7 @@ class Engine:
     def __init__(self, model: str, **settings: Any) -> None:
         if not (Path(model) / "tokenizer.json").exists():
             settings.setdefault("skip_tokenizer_init", True)
-        with _async_scheduling_as_asked():
+        with async_scheduling_as_asked():
             self.llm = LLM(model, **{**ENGINE_DEFAULTS, **settings})
 
     @property
@@ -165,9 +170,9 @@ class Engine:
             counts.num_invalid_drafts += invalid
             return observe(stats, **kwargs)
 
-        def preempt_request(*args: Any, **kwargs: Any) -> Any:
-            counts.num_preemptions += 1
-            return preempt(*args, **kwargs)
+        def preempt_request(request: Any, *args: Any, **kwargs: Any) -> Any:
+            counts.preempted.append(request.request_id)
+            return preempt(request, *args, **kwargs)
 
         scheduler.make_spec_decoding_stats = make_spec_decoding_stats
         scheduler._preempt_request = preempt_request
@@ -185,11 +190,18 @@ class Engine:
             return {}
         return self.llm.collective_rpc("layerskip_stats")[0]
 
-    def start(self, request_id: str, prompt: list[int], max_tokens: int, **kwargs: Any) -> None:
+    def start(
+        self,
+        request_id: str,
+        prompt: list[int],
+        max_tokens: int,
+        priority: int = 0,
+        **kwargs: Any,
+    ) -> None:
         """Add a greedy request; drive it with ``step``."""
         params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **kwargs)
         self.llm.llm_engine.add_request(
-            request_id, TokensPrompt(prompt_token_ids=list(prompt)), params
+            request_id, TokensPrompt(prompt_token_ids=list(prompt)), params, priority=priority
         )
 
     def step(self) -> dict[str, list[int]]:
@@ -213,6 +225,39 @@ class Engine:
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         gc.collect()
+
+
+class RecordedInputs:
+    """Token ids of an engine's forwards and draft passes, while it is entered (no CUDA graphs)."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.model = engine.runner.model
+        self.vocab_size = engine.vllm_config.model_config.get_vocab_size()
+        self.of_forwards: list[torch.Tensor] = []
+        self.of_early_stages: list[torch.Tensor] = []
+        """Draft passes, and the early part of each forward."""
+
+    def __enter__(self) -> RecordedInputs:
+        self._record("forward", self.of_forwards)
+        self._record("run_early_stage", self.of_early_stages)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        del self.model.forward, self.model.run_early_stage
+
+    def _record(self, name: str, seen: list[torch.Tensor]) -> None:
+        original = getattr(self.model, name)
+
+        def recording(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            seen.append(input_ids.clone())
+            return original(input_ids, *args, **kwargs)
+
+        setattr(self.model, name, recording)
+
+    def assert_token_ids(self) -> None:
+        assert len(self.of_early_stages) > len(self.of_forwards) > 0
+        for input_ids in (*self.of_forwards, *self.of_early_stages):
+            assert 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.vocab_size
 
 
 class EnginePool:

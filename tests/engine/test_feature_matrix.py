@@ -15,20 +15,19 @@ from typing import Any
 
 import pytest
 from engines import SpecCounts
+from features import (
+    ADD_TO_THE_OUTPUT,
+    FEATURES,
+    MAX_TOKENS,
+    REGEX,
+    SAMPLED,
+    sampling_params,
+)
 from vllm import RequestOutput, SamplingParams
 from vllm.inputs import TokensPrompt
-from vllm.sampling_params import StructuredOutputsParams
 
-EXIT_LAYER, NUM_SPECULATIVE_TOKENS, MAX_TOKENS = 3, 4, 48
+EXIT_LAYER, NUM_SPECULATIVE_TOKENS = 3, 4
 BLOCK_SIZE = 32
-REGEX = r"def [a-z_]{3,12}\(self\):\n    return [0-9]{1,6}"
-SCHEMA = {
-    "type": "object",
-    "properties": {"import": {"enum": ["os", "sys", "path"]}, "lines": {"type": "boolean"}},
-    "required": ["import", "lines"],
-    "additionalProperties": False,
-}
-
 SCHEDULING: dict[str, dict[str, Any]] = {
     "whole prompts": {},
     "chunked prefill": {"max_num_batched_tokens": 48},
@@ -44,26 +43,6 @@ SETTINGS = {
     "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
 }
 
-FEATURES: dict[str, dict[str, Any]] = {
-    "none": {},
-    "presence_penalty": {"presence_penalty": 1.5},
-    "frequency_penalty": {"frequency_penalty": 1.0},
-    "repetition_penalty": {"repetition_penalty": 1.3},
-    "bad_words": {"bad_words": ["self", " the", " to", " of", "#", "."]},
-    "min_tokens": {"min_tokens": 20, "stop_token_ids": list(range(260, 400))},
-    "allowed_token_ids": {"allowed_token_ids": list(range(20, 200))},
-    "stop_token_ids": {"stop_token_ids": list(range(260, 290))},
-    "stop": {"stop": ["the", "self", "in"]},
-    "logprobs": {"logprobs": 3},
-    "prompt_logprobs": {"prompt_logprobs": 2},
-    "regex": {"structured_outputs": {"regex": REGEX}},
-    "json": {"structured_outputs": {"json": SCHEMA}},
-    "temperature": {"temperature": 0.8, "seed": 11},
-    "top_p": {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "seed": 11},
-}
-SAMPLED = ("temperature", "top_p")
-ADD_TO_THE_OUTPUT = ("none", "logprobs", "prompt_logprobs")
-
 
 @dataclass
 class Answers:
@@ -72,13 +51,6 @@ class Answers:
 
     def tokens(self, feature: str) -> list[int]:
         return list(self.requests[feature].outputs[0].token_ids)
-
-
-def sampling_params(feature: str) -> SamplingParams:
-    params = {"temperature": 0, "max_tokens": MAX_TOKENS, **FEATURES[feature]}
-    if "structured_outputs" in params:
-        params["structured_outputs"] = StructuredOutputsParams(**params["structured_outputs"])
-    return SamplingParams(**params)
 
 
 def ask(engine, prompts) -> Answers:
@@ -92,9 +64,7 @@ def ask(engine, prompts) -> Answers:
         )
     # vLLM numbers the requests of an engine; here they are named by what they ask for.
     names = dict(zip((output.request_id for output in outputs), FEATURES, strict=True))
-    counts.request_ids = [
-        f"{names[owner.rsplit('-', 1)[0]]}-" for owner in counts.request_ids
-    ]
+    counts.request_ids = [f"{names[owner.rsplit('-', 1)[0]]}-" for owner in counts.request_ids]
     return Answers(dict(zip(FEATURES, outputs, strict=True)), counts)
 
 

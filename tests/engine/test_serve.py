@@ -68,10 +68,10 @@ PARAMETERS = {
     "presence_penalty": {"presence_penalty": 1.5},
     "frequency_penalty": {"frequency_penalty": 1.0},
     "repetition_penalty": {"repetition_penalty": 1.3},
-    "stop_string": {"stop": ["self", "return"]},
+    "stop_string": {"stop": ["The", " of"]},
     "stop_token_ids": {"stop_token_ids": list(range(260, 290))},
     "min_tokens": {"stop_token_ids": list(range(260, 290)), "min_tokens": 20},
-    "bad_words": {"bad_words": ["self", "return", " the"]},
+    "bad_words": {"bad_words": [".", "The"]},
     "allowed_token_ids": {"allowed_token_ids": list(range(20, 200))},
     "structured_outputs": {"structured_outputs": {"regex": r"def [a-z_]{3,12}\(self\):"}},
     "ignore_eos": {"ignore_eos": True, "max_tokens": 50},
@@ -113,7 +113,9 @@ def test_stops_anywhere_in_an_answer(server, plain, prompts):
     requests = [
         {"prompt": prompts[0], "max_tokens": 30, "stop_token_ids": [token]} for token in firsts
     ]
-    for choice, (token, position) in zip(server.complete_all(requests), firsts.items(), strict=True):
+    for choice, (token, position) in zip(
+        server.complete_all(requests), firsts.items(), strict=True
+    ):
         assert choice["token_ids"] == list(answer.token_ids[: position + 1])
         assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", token)
     texts = [answer.text[start : start + 3] for start in range(4, len(answer.text) - 3, 6)]

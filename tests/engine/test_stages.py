@@ -62,24 +62,41 @@ def test_logprobs_equal_the_reference(pool, checkpoint, prompts):
     torch.testing.assert_close(actual, expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("model_name", ["checkpoint", "random_checkpoint"])
-def test_kv_cache_of_committed_tokens_equals_plain_decoding(pool, request, prompts, model_name):
+@pytest.mark.parametrize(
+    ("model_name", "num_tokens", "async_scheduling"),
+    # Random weights reject nearly every draft: some 200 steps, each of which wrote K/V in vain.
+    [
+        ("checkpoint", 100, False),
+        ("random_checkpoint", 210, False),
+        ("random_checkpoint", 210, True),
+    ],
+    ids=["checkpoint", "random", "random-async"],
+)
+def test_kv_cache_of_committed_tokens_equals_plain_decoding(
+    pool, request, prompts, model_name, num_tokens, async_scheduling
+):
     """All layers, all committed positions, after many accepted and rejected drafts."""
     model = request.getfixturevalue(model_name)
     prompt = prompts[0] if model_name == "checkpoint" else [0, *range(3, 40)]
     settings = {"block_size": 32}
-    caches = []
-    for engine in (pool.get(model, **settings), pool.layerskip(model, 3, 4, **settings)):
+    layerskip = pool.layerskip(model, 3, 4, async_scheduling=async_scheduling, **settings)
+    caches, steps = [], []
+    for engine in (pool.get(model, **settings), layerskip):
         engine.reset_prefix_cache()
-        engine.start("request", prompt, max_tokens=120)
+        engine.start("request", prompt, max_tokens=num_tokens + 5)
         tokens: list[int] = []
-        while len(tokens) < 100:
+        steps.append(0)
+        while len(tokens) < num_tokens:
             tokens = engine.step().get("request", tokens)
+            steps[-1] += 1
         (slot,) = engine.runner.req_states.req_id_to_index.values()
-        num_blocks = (len(prompt) + 100 - 8) // 32  # Whole blocks of committed tokens.
+        num_blocks = (len(prompt) + num_tokens - 8) // 32  # Whole blocks of committed tokens.
         blocks = engine.runner.block_tables.block_tables[0].gpu[slot, :num_blocks].long()
         caches.append([layer_cache(cache, blocks) for cache in engine.runner.kv_caches])
         engine.run_to_end()
+    assert steps[1] < steps[0], "nothing was accepted"
+    if model_name == "random_checkpoint":
+        assert steps[1] > 150, "nearly nothing was rejected"
     plain, layerskip = caches
     assert len(plain) == len(layerskip) == (12 if model_name == "checkpoint" else 4)
     for expected, actual in zip(plain, layerskip, strict=True):
