@@ -10,10 +10,12 @@ from vllm.sampling_params import StructuredOutputsParams
 
 MAX_TOKENS = 48
 REGEX = r"def [a-z_]{3,12}\(self\):\n    return [0-9]{1,6}"
+# Words of the checkpoint's own answer, or it would draft nothing that the schema allows.
+PROPERTY = "the query of the querying the query"
 SCHEMA = {
     "type": "object",
-    "properties": {"import": {"enum": ["os", "sys", "path"]}, "lines": {"type": "boolean"}},
-    "required": ["import", "lines"],
+    "properties": {PROPERTY: {"enum": ["default", "is"]}, "string": {"type": "boolean"}},
+    "required": [PROPERTY, "string"],
     "additionalProperties": False,
 }
 
@@ -23,7 +25,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "presence_penalty": {"presence_penalty": 1.5},
     "frequency_penalty": {"frequency_penalty": 1.0},
     "repetition_penalty": {"repetition_penalty": 1.3},
-    "bad_words": {"bad_words": ["self", " the", " to", " of", "#", "."]},
+    "bad_words": {"bad_words": [" the", " of", ".", ":", "?"]},
     "min_tokens": {"min_tokens": 20, "stop_token_ids": list(range(260, 360))},
     "allowed_token_ids": {"allowed_token_ids": list(range(20, 200))},
     "stop_token_ids": {"stop_token_ids": list(range(260, 290))},

@@ -90,8 +90,8 @@ def test_counters_are_consistent(pool, checkpoint, prompts):
     assert counts.num_verify_steps_reused + counts.num_verify_steps_full <= counts.num_drafts
 
 
-# Of the embedded checkpoint with E = 3 on the six prompts; a new checkpoint gets new ones.
-ACCEPTANCE_RATES = (0.0, 0.0, 0.0, 0.0, 0.0)
+# Of the embedded checkpoint with E = 3 on the six prompts, by transformers (training/evaluate.py).
+ACCEPTANCE_RATES = (0.48, 0.265, 0.206, 0.152, 0.123)
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])

@@ -19,6 +19,7 @@ from features import (
     ADD_TO_THE_OUTPUT,
     FEATURES,
     MAX_TOKENS,
+    PROPERTY,
     REGEX,
     SAMPLED,
     sampling_params,
@@ -141,8 +142,8 @@ def test_drafts_are_accepted(answers, feature):
 def test_structured_outputs_parse(answers):
     assert re.fullmatch(REGEX, answers.requests["regex"].outputs[0].text)
     parsed = json.loads(answers.requests["json"].outputs[0].text)
-    assert parsed["import"] in ("os", "sys", "path")
-    assert isinstance(parsed["lines"], bool)
+    assert parsed[PROPERTY] in ("default", "is")
+    assert isinstance(parsed["string"], bool)
 
 
 def test_logprobs_are_plain_vllms(answers, plain):
