@@ -43,6 +43,11 @@ def architectures() -> dict[str, str]:
     return {name: f"{_PREFIX}{name}" for name in SUPPORTED_ARCHITECTURES}
 
 
+def model_path(architecture: str) -> str:
+    """``module:class`` of our early-exit class of a supported architecture."""
+    return f"vllm_layerskip.models.early_exit:{_PREFIX}{architecture}"
+
+
 def find_request(hf_overrides: object) -> EarlyExitRequest | None:
     """The request in ``hf_overrides``, or None.
 

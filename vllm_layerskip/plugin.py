@@ -46,9 +46,8 @@ def _register_models() -> None:
 
     for model in dict.fromkeys(SUPPORTED_ARCHITECTURES.values()):
         ModelRegistry.register_model(model.architecture, model.path)
-    for architecture in early_exit.architectures().values():
-        path = f"vllm_layerskip.models.early_exit:{architecture}"
-        ModelRegistry.register_model(architecture, path)
+    for architecture, name in early_exit.architectures().items():
+        ModelRegistry.register_model(name, early_exit.model_path(architecture))
 
 
 def _wrap_engine_args() -> None:

@@ -9,10 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
+from vllm.platforms import current_platform
 
 ON_GPU = torch.cuda.is_available()
 
@@ -27,6 +29,8 @@ ENGINE_DEFAULTS: dict[str, Any] = {
     "kv_cache_memory_bytes": 16 << 20,
     "disable_log_stats": False,
     "seed": 0,
+    # The default on a GPU; tests that are about it ask for it on a CPU, too.
+    "async_scheduling": None if ON_GPU else False,
 }
 
 
@@ -40,10 +44,19 @@ class SpecCounts:
 
     num_speculative_tokens: int
     drafts: list[tuple[int, int]] = field(default_factory=list)
-    """(drafted, accepted) of each request and step."""
+    """(drafted, accepted) of each request and step; without drafts that a grammar forbids."""
+    request_ids: list[str] = field(default_factory=list)
+    """Whose drafts they were: the caller's id and what vLLM appends to it."""
+    num_invalid_drafts: int = 0
+    """Drafts that a grammar forbids, and that were verified (async scheduling)."""
     num_verify_steps_reused: int = 0
     num_verify_steps_full: int = 0
-    num_preemptions: int = 0
+    preempted: list[str] = field(default_factory=list)
+    """Ids of preempted requests, in order."""
+
+    @property
+    def num_preemptions(self) -> int:
+        return len(self.preempted)
 
     @property
     def num_drafts(self) -> int:
@@ -68,10 +81,42 @@ class SpecCounts:
             for position in range(self.num_speculative_tokens)
         ]
 
+    def of_request(self, request_id: str) -> list[tuple[int, int]]:
+        return [
+            draft
+            for owner, draft in zip(self.request_ids, self.drafts, strict=True)
+            if owner.rsplit("-", 1)[0] == request_id
+        ]
+
     def assert_speculated(self) -> None:
         """Equal tokens mean nothing unless something was drafted and accepted."""
         assert self.num_drafts > 0
         assert 0 < self.num_accepted_tokens <= self.num_draft_tokens
+
+
+@contextlib.contextmanager
+def async_scheduling_as_asked() -> Iterator[None]:
+    """Let an engine on a CPU have ``async_scheduling=True``, the default on a GPU.
+
+    vLLM's CPU platform turns it off because a CPU gains nothing by it, whatever was asked. All
+    of it runs there nonetheless: the scheduler plans a step before it knows the tokens of the
+    one before. What a CPU cannot show is a step that really overlaps another.
+    """
+    platform = type(current_platform)
+    apply = platform.check_and_update_config
+
+    def check_and_update_config(vllm_config: Any) -> None:
+        asked = vllm_config.scheduler_config.async_scheduling
+        apply(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = asked
+
+    if ON_GPU:
+        yield
+        return
+    with mock.patch.object(
+        platform, "check_and_update_config", staticmethod(check_and_update_config)
+    ):
+        yield
 
 
 class Engine:
@@ -80,7 +125,8 @@ class Engine:
     def __init__(self, model: str, **settings: Any) -> None:
         if not (Path(model) / "tokenizer.json").exists():
             settings.setdefault("skip_tokenizer_init", True)
-        self.llm = LLM(model, **{**ENGINE_DEFAULTS, **settings})
+        with async_scheduling_as_asked():
+            self.llm = LLM(model, **{**ENGINE_DEFAULTS, **settings})
 
     @property
     def core(self) -> Any:
@@ -117,12 +163,16 @@ class Engine:
         observe, preempt = scheduler.make_spec_decoding_stats, scheduler._preempt_request
 
         def make_spec_decoding_stats(stats: Any, **kwargs: Any) -> Any:
-            counts.drafts.append((kwargs["num_draft_tokens"], kwargs["num_accepted_tokens"]))
+            invalid = (kwargs["num_invalid_spec_tokens"] or {}).get(kwargs["request_id"], 0)
+            drafted = kwargs["num_draft_tokens"] - invalid
+            counts.drafts.append((drafted, kwargs["num_accepted_tokens"]))
+            counts.request_ids.append(kwargs["request_id"])
+            counts.num_invalid_drafts += invalid
             return observe(stats, **kwargs)
 
-        def preempt_request(*args: Any, **kwargs: Any) -> Any:
-            counts.num_preemptions += 1
-            return preempt(*args, **kwargs)
+        def preempt_request(request: Any, *args: Any, **kwargs: Any) -> Any:
+            counts.preempted.append(request.request_id)
+            return preempt(request, *args, **kwargs)
 
         scheduler.make_spec_decoding_stats = make_spec_decoding_stats
         scheduler._preempt_request = preempt_request
@@ -140,11 +190,18 @@ class Engine:
             return {}
         return self.llm.collective_rpc("layerskip_stats")[0]
 
-    def start(self, request_id: str, prompt: list[int], max_tokens: int, **kwargs: Any) -> None:
+    def start(
+        self,
+        request_id: str,
+        prompt: list[int],
+        max_tokens: int,
+        priority: int = 0,
+        **kwargs: Any,
+    ) -> None:
         """Add a greedy request; drive it with ``step``."""
         params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **kwargs)
         self.llm.llm_engine.add_request(
-            request_id, TokensPrompt(prompt_token_ids=list(prompt)), params
+            request_id, TokensPrompt(prompt_token_ids=list(prompt)), params, priority=priority
         )
 
     def step(self) -> dict[str, list[int]]:
@@ -168,6 +225,39 @@ class Engine:
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         gc.collect()
+
+
+class RecordedInputs:
+    """Token ids of an engine's forwards and draft passes, while it is entered (no CUDA graphs)."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.model = engine.runner.model
+        self.vocab_size = engine.vllm_config.model_config.get_vocab_size()
+        self.of_forwards: list[torch.Tensor] = []
+        self.of_early_stages: list[torch.Tensor] = []
+        """Draft passes, and the early part of each forward."""
+
+    def __enter__(self) -> RecordedInputs:
+        self._record("forward", self.of_forwards)
+        self._record("run_early_stage", self.of_early_stages)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        del self.model.forward, self.model.run_early_stage
+
+    def _record(self, name: str, seen: list[torch.Tensor]) -> None:
+        original = getattr(self.model, name)
+
+        def recording(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            seen.append(input_ids.clone())
+            return original(input_ids, *args, **kwargs)
+
+        setattr(self.model, name, recording)
+
+    def assert_token_ids(self) -> None:
+        assert len(self.of_early_stages) > len(self.of_forwards) > 0
+        for input_ids in (*self.of_forwards, *self.of_early_stages):
+            assert 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.vocab_size
 
 
 class EnginePool:

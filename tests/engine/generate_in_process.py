@@ -9,6 +9,8 @@ import sys
 
 def main() -> None:
     request = json.loads(sys.argv[1])
+    from engines import async_scheduling_as_asked
+    from features import sampling_params
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
     from vllm.v1.executor import Executor
@@ -17,14 +19,18 @@ def main() -> None:
         import ray
 
         ray.init(**request["ray"])
-    llm = LLM(**request["engine"])
-    params = SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True)
+    with async_scheduling_as_asked():
+        llm = LLM(**request["engine"])
+    greedy = SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True)
+    # Named features, one a prompt, or greedy decoding for all of them.
+    params = [sampling_params(feature) for feature in request.get("features", ())] or greedy
     prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in request["prompts"]]
     outputs = llm.generate(prompts, params, use_tqdm=False)
     result = {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "stats": llm.collective_rpc("layerskip_stats"),
         "executor": Executor.get_class(llm.llm_engine.vllm_config).__name__,
+        "async_scheduling": llm.llm_engine.vllm_config.scheduler_config.async_scheduling,
         "metrics": {
             metric.name: metric.value
             for metric in llm.get_metrics()

@@ -88,3 +88,28 @@ def test_counters_are_consistent(pool, checkpoint, prompts):
     assert per_position == sorted(per_position, reverse=True)
     assert sum(per_position) == counts.num_accepted_tokens <= counts.num_draft_tokens
     assert counts.num_verify_steps_reused + counts.num_verify_steps_full <= counts.num_drafts
+
+
+# Of the embedded checkpoint with E = 3 on the six prompts, by transformers (training/evaluate.py).
+ACCEPTANCE_RATES = (0.48, 0.265, 0.206, 0.152, 0.123)
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("sample_method", ["greedy", "probabilistic"])
+def test_acceptance_per_position_does_not_fall(
+    pool, checkpoint, prompts, sample_method, async_scheduling
+):
+    """A drafter that got worse (wrong exit head, a stale input) shows up here first."""
+    engine = pool.layerskip(
+        checkpoint,
+        3,
+        5,
+        spec={"draft_sample_method": sample_method},
+        async_scheduling=async_scheduling,
+    )
+    with engine.counting() as counts:
+        engine.greedy(prompts, max_tokens=80)
+    assert counts.num_drafts > 150
+    rates = [accepted / counts.num_drafts for accepted in counts.accepted_per_position]
+    for position, (rate, expected) in enumerate(zip(rates, ACCEPTANCE_RATES, strict=True)):
+        assert rate > expected - 0.03, f"draft {position}: {rate:.3f} < {expected}"

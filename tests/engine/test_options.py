@@ -86,14 +86,19 @@ def test_synthetic_acceptance_separates_cost_from_quality(
     assert 1 + sum(whole) / len(whole) == pytest.approx(length, abs=0.35)
 
 
-def test_schedule_shrinks_k_to_zero_as_the_batch_grows(pool, checkpoint, prompts):
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+def test_schedule_shrinks_k_to_zero_as_the_batch_grows(pool, checkpoint, prompts, async_scheduling):
     schedule = [(1, 1, 5), (2, 2, 2), (3, 4, 0)]
     expected = pool.get(checkpoint).greedy(prompts[:4], max_tokens=60)
     expected_short = [
         tokens[:length] for tokens, length in zip(expected, (60, 45, 30, 15), strict=True)
     ]
     engine = pool.layerskip(
-        checkpoint, 2, 5, spec={"num_speculative_tokens_per_batch_size": schedule}
+        checkpoint,
+        2,
+        5,
+        spec={"num_speculative_tokens_per_batch_size": schedule},
+        async_scheduling=async_scheduling,
     )
     params = [
         SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
@@ -118,6 +123,43 @@ def test_schedule_shrinks_k_to_zero_as_the_batch_grows(pool, checkpoint, prompts
     assert 1 in passes
     assert 2 in passes
     assert max(passes) < 3, "draft passes ran where the schedule says none"
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+def test_steps_without_drafts_between_steps_with(pool, checkpoint, prompts, async_scheduling):
+    """A second request turns drafting off while it runs, and off and on again (pitfalls T9)."""
+    schedule = [(1, 1, 4), (2, 4, 0)]
+    expected = pool.get(checkpoint).greedy(prompts[:3], max_tokens=100)
+    engine = pool.layerskip(
+        checkpoint,
+        3,
+        4,
+        spec={"num_speculative_tokens_per_batch_size": schedule},
+        async_scheduling=async_scheduling,
+    )
+    tokens: dict[str, list[int]] = {}
+    drafts: dict[bool, int] = {False: 0, True: 0}
+    engine.start("long", prompts[0], max_tokens=100)
+    for name, prompt in (("first", prompts[1]), ("second", prompts[2])):
+        while len(tokens.get("long", ())) < (20 if name == "first" else 60):
+            with engine.counting() as counts:
+                tokens.update(engine.step())
+            drafts[False] += counts.num_accepted_tokens
+        engine.start(name, prompt, max_tokens=12)
+        for _ in range(3):  # Drafts made before it came are verified or dropped first.
+            tokens.update(engine.step())
+        while len(tokens.get(name, ())) < 12:
+            with engine.counting() as counts:
+                tokens.update(engine.step())
+            drafts[True] += counts.num_draft_tokens
+    with engine.counting() as counts:
+        tokens.update(engine.run_to_end())
+    drafts[False] += counts.num_accepted_tokens
+    assert tokens["long"] == expected[0]
+    assert tokens["first"] == expected[1][:12]
+    assert tokens["second"] == expected[2][:12]
+    assert drafts[True] == 0, "drafted where the schedule says none"
+    assert drafts[False] > 10
 
 
 SAMPLING_FEATURES = {

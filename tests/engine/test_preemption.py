@@ -54,3 +54,54 @@ def test_many_short_requests_take_turns_in_the_slots(pool, checkpoint, prompts):
         assert engine.greedy(batch, max_tokens=11) == expected
     counts.assert_speculated()
     assert counts.num_verify_steps_reused > 0
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+def test_preemption_between_drafting_and_verification(pool, checkpoint, prompts, async_scheduling):
+    """All requests lose their slots with drafts pending, and come back in the same step."""
+    expected = pool.get(checkpoint).greedy(prompts[:4], max_tokens=40)
+    engine = pool.layerskip(checkpoint, 3, 4, async_scheduling=async_scheduling)
+    tokens: dict[str, list[int]] = {}
+    with engine.counting() as counts:
+        for name, prompt in zip("abcd", prompts, strict=False):
+            engine.start(name, prompt, max_tokens=40)
+        for step in range(400):
+            tokens.update(engine.step())
+            if not engine.llm.llm_engine.has_unfinished_requests():
+                break
+            if step % 3 == 2:
+                exit_states = engine.runner.model_state.exit_states
+                assert exit_states.num_valid_np.max() == 4, "no drafts are pending"
+                engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert [tokens[name] for name in "abcd"] == expected
+    assert counts.num_preemptions > 8
+    counts.assert_speculated()
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+def test_a_request_of_higher_priority_takes_the_blocks(pool, checkpoint, prompts, async_scheduling):
+    roomy = {"block_size": 32, "enable_prefix_caching": False}
+    batch = {"low": prompts[0], "lower": prompts[3], "high": prompts[2]}
+    plain = pool.get(checkpoint, **roomy)
+    expected = {name: plain.greedy([prompt], max_tokens=80)[0] for name, prompt in batch.items()}
+    engine = pool.layerskip(
+        checkpoint,
+        3,
+        4,
+        scheduling_policy="priority",
+        num_gpu_blocks_override=11,
+        async_scheduling=async_scheduling,
+        **roomy,
+    )
+    tokens: dict[str, list[int]] = {}
+    with engine.counting() as counts:
+        engine.start("lower", batch["lower"], max_tokens=80, priority=2)
+        engine.start("low", batch["low"], max_tokens=80, priority=1)
+        for _ in range(6):
+            tokens.update(engine.step())
+        engine.start("high", batch["high"], max_tokens=80, priority=0)
+        tokens.update(engine.run_to_end())
+    assert tokens == expected
+    assert counts.preempted[0].startswith("lower-")
+    assert not any(request_id.startswith("high-") for request_id in counts.preempted)
+    counts.assert_speculated()

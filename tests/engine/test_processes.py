@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 from engines import ENGINE_DEFAULTS
+from features import FEATURES, SAMPLED, sampling_params
 
 MAX_TOKENS = 24
 
 
-def generate(checkpoint, prompts, environment, **engine):
+def generate(checkpoint, prompts, environment, features=(), **engine):
     request = {
         "engine": {
             **ENGINE_DEFAULTS,
@@ -28,6 +29,7 @@ def generate(checkpoint, prompts, environment, **engine):
         },
         "prompts": prompts,
         "max_tokens": MAX_TOKENS,
+        "features": list(features),
     }
     process = subprocess.run(
         [sys.executable, Path(__file__).with_name("generate_in_process.py"), json.dumps(request)],
@@ -86,3 +88,33 @@ def test_tokens_equal_plain_decoding(
     metrics = result["metrics"]
     drafted = metrics["vllm:spec_decode_num_draft_tokens"]
     assert 0 < metrics["vllm:spec_decode_num_accepted_tokens"] <= drafted
+
+
+@pytest.mark.parametrize(
+    "async_scheduling", [pytest.param(False, marks=pytest.mark.slow), True], ids=["sync", "async"]
+)
+def test_every_feature_in_vllms_own_processes(pool, checkpoint, prompts, async_scheduling):
+    """Scheduler, worker and client each in a process: with async scheduling steps do overlap."""
+    names = [name for name in FEATURES if name not in SAMPLED]
+    batch = [prompts[index % len(prompts)] for index in range(len(names))]
+    settings = {
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}
+    }
+    params = [sampling_params(name) for name in names]
+    expected = pool.get(checkpoint, **settings).generate(batch, params)
+    result = generate(
+        checkpoint,
+        batch,
+        {},
+        features=names,
+        speculative_config={"method": "layerskip", "exit_layer": 3, "num_speculative_tokens": 4},
+        async_scheduling=async_scheduling,
+        **settings,
+    )
+    assert result["async_scheduling"] is async_scheduling
+    assert dict(zip(names, result["tokens"], strict=True)) == dict(
+        zip(names, expected, strict=True)
+    )
+    assert result["stats"][0]["num_verify_steps_reused"] > 0
+    drafted = result["metrics"]["vllm:spec_decode_num_draft_tokens"]
+    assert 0 < result["metrics"]["vllm:spec_decode_num_accepted_tokens"] <= drafted

@@ -62,30 +62,58 @@ def test_logprobs_equal_the_reference(pool, checkpoint, prompts):
     torch.testing.assert_close(actual, expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("model_name", ["checkpoint", "random_checkpoint"])
-def test_kv_cache_of_committed_tokens_equals_plain_decoding(pool, request, prompts, model_name):
-    """All layers, all committed positions, after many accepted and rejected drafts."""
+@pytest.mark.parametrize(
+    ("model_name", "scrambled", "async_scheduling"),
+    [
+        ("checkpoint", False, False),
+        ("random_checkpoint", False, False),
+        ("checkpoint", True, False),
+        ("checkpoint", True, True),
+    ],
+    ids=["checkpoint", "random", "scrambled", "scrambled-async"],
+)
+def test_kv_cache_of_committed_tokens_equals_plain_decoding(
+    pool, request, prompts, model_name, scrambled, async_scheduling
+):
+    """All layers, all committed positions, after many accepted and rejected drafts.
+
+    With a scrambled exit head nearly every step wrote K/V of four drafts in vain.
+    """
     model = request.getfixturevalue(model_name)
     prompt = prompts[0] if model_name == "checkpoint" else [0, *range(3, 40)]
+    num_tokens = 210 if scrambled else 100
     settings = {"block_size": 32}
-    caches = []
-    for engine in (pool.get(model, **settings), pool.layerskip(model, 3, 4, **settings)):
-        engine.reset_prefix_cache()
-        engine.start("request", prompt, max_tokens=120)
-        tokens: list[int] = []
-        while len(tokens) < 100:
-            tokens = engine.step().get("request", tokens)
-        (slot,) = engine.runner.req_states.req_id_to_index.values()
-        num_blocks = (len(prompt) + 100 - 8) // 32  # Whole blocks of committed tokens.
-        blocks = engine.runner.block_tables.block_tables[0].gpu[slot, :num_blocks].long()
-        caches.append([layer_cache(cache, blocks) for cache in engine.runner.kv_caches])
-        engine.run_to_end()
-    plain, layerskip = caches
-    assert len(plain) == len(layerskip) == (12 if model_name == "checkpoint" else 4)
-    for expected, actual in zip(plain, layerskip, strict=True):
-        assert expected.abs().sum() > 0
-        torch.testing.assert_close(actual, expected, **TOLERANCE)
+    layerskip = pool.layerskip(model, 3, 4, async_scheduling=async_scheduling, **settings)
+    exit_norm = layerskip.runner.model.exit_norm
+    if scrambled:
+        layerskip.runner.model.exit_norm = lambda *state: exit_norm(*state).flip(-1)
+    try:
+        with layerskip.counting() as counts:
+            actual = committed_kv(layerskip, prompt, num_tokens)
+    finally:
+        layerskip.runner.model.__dict__.pop("exit_norm", None)
+    if scrambled:
+        assert counts.num_drafts > 180
+        assert counts.num_accepted_tokens < 0.05 * counts.num_draft_tokens
+    else:
+        counts.assert_speculated()
+    expected = committed_kv(pool.get(model, **settings), prompt, num_tokens)
+    assert len(expected) == len(actual) == (12 if model_name == "checkpoint" else 4)
+    for expected_layer, layer in zip(expected, actual, strict=True):
+        assert expected_layer.abs().sum() > 0
+        torch.testing.assert_close(layer, expected_layer, **TOLERANCE)
 
 
-def layer_cache(cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    return cache[blocks].clone()
+def committed_kv(engine, prompt, num_tokens):
+    """K/V of every layer in the whole blocks that a request fills with its first tokens."""
+    engine.reset_prefix_cache()
+    engine.start("request", prompt, max_tokens=num_tokens + 5)
+    tokens: list[int] = []
+    while len(tokens) < num_tokens:
+        tokens = engine.step().get("request", tokens)
+    (slot,) = engine.runner.req_states.req_id_to_index.values()
+    num_blocks = (len(prompt) + num_tokens - 8) // 32
+    blocks = engine.runner.block_tables.block_tables[0].gpu[slot, :num_blocks].long()
+    layers = [cache[blocks].clone() for cache in engine.runner.kv_caches]
+    engine.run_to_end()
+    return layers

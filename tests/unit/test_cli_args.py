@@ -178,6 +178,47 @@ def test_flags_become_a_layerskip_engine(checkpoint):
     assert config.reuse_exit_states is True
 
 
+SPELLINGS = {
+    "long": ["--speculative-model", "[self]", "--num-speculative-tokens", "4", "--exit-layer", "3"],
+    "short": ["--spec-model", "[self]", "--spec-tokens", "4", "--exit-layer", "3"],
+    "json": [
+        "--speculative-config",
+        json.dumps({"method": "layerskip", "num_speculative_tokens": 4, "exit_layer": 3}),
+    ],
+}
+
+
+def test_vllm_serve_makes_the_same_engine_of_every_spelling(checkpoint):
+    """Through the parser of `vllm serve` itself; tests/engine/test_serve.py starts servers."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from vllm_layerskip.plugin import register
+
+    register()
+    parser = make_arg_parser(FlexibleArgumentParser())
+    common = [checkpoint, "--skip-tokenizer-init", "--dtype", "float32", "--max-model-len", "64"]
+    configs = {}
+    for name, flags in SPELLINGS.items():
+        args = parser.parse_args([*common, *flags])
+        args.model = args.model_tag  # As `vllm serve` does.
+        configs[name] = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+    own, others = configs.pop("long"), configs.values()
+    assert (own.speculative_config.exit_layer, own.num_speculative_tokens) == (3, 4)
+    fields = [
+        field.name
+        for field in dataclasses.fields(own.speculative_config)
+        if not field.name.endswith(("_model_config", "_parallel_config"))
+    ]
+    assert {"exit_layer", "method", "num_speculative_tokens", "reuse_exit_states"} <= set(fields)
+    for other in others:
+        assert other.compute_hash() == own.compute_hash()
+        for name in fields:
+            expected = getattr(own.speculative_config, name)
+            assert getattr(other.speculative_config, name) == expected, name
+
+
 @pytest.mark.parametrize("flag", ["--speculative", "--speculative-conf", "--specul"])
 def test_abbreviations_of_vllms_own_flags_go_on_working(parse, flag):
     """--speculative-model must not make --speculative ambiguous for those who do not use it."""

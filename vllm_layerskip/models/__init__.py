@@ -247,6 +247,8 @@ def register_architecture(architecture: str, path: str) -> None:
     """
     from vllm.model_executor.models.registry import ModelRegistry
 
+    from vllm_layerskip import early_exit
+
     module, _, name = path.partition(":")
     if not module or not name.isidentifier():
         raise ValueError(
@@ -256,3 +258,5 @@ def register_architecture(architecture: str, path: str) -> None:
     model = LayerSkipModel(architecture=f"LayerSkip{architecture}", path=path)
     SUPPORTED_ARCHITECTURES[architecture] = model
     ModelRegistry.register_model(model.architecture, model.path)
+    name = early_exit.architectures()[architecture]
+    ModelRegistry.register_model(name, early_exit.model_path(architecture))
