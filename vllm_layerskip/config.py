@@ -16,6 +16,7 @@ from typing import Any
 
 from vllm.config.speculative import SpeculativeConfig
 from vllm.config.utils import config
+from vllm.logger import init_logger
 from vllm.transformers_utils.repo_utils import get_hf_file_bytes
 
 from vllm_layerskip import __version__
@@ -25,14 +26,18 @@ from vllm_layerskip.draft_vocab import (
     parse_draft_vocab,
     read_draft_vocab,
 )
+from vllm_layerskip.known_checkpoints import find_known_checkpoint
 from vllm_layerskip.models import SUPPORTED_ARCHITECTURES
 from vllm_layerskip.options import (
     CONFIG_BLOCK,
     DraftVocabFile,
     LayerSkipOptions,
+    leaves_to_checkpoint,
     resolve_options,
 )
 from vllm_layerskip.triton_interpreter import interpret_mode
+
+logger = init_logger("vllm.layerskip.config")
 
 WORKER_EXTENSION = "vllm_layerskip.worker_extension.LayerSkipWorkerExtension"
 
@@ -103,11 +108,11 @@ def build_config(
     _check_model(target_model_config)
     _check_engine(engine_args, target_parallel_config)
     _check_runner()
-    options: LayerSkipOptions = resolve_options(
-        request,
-        num_layers=target_model_config.get_total_num_hidden_layers(),
-        config_block=getattr(target_model_config.hf_config, CONFIG_BLOCK, None),
-    )
+    num_layers = target_model_config.get_total_num_hidden_layers()
+    config_block = getattr(target_model_config.hf_config, CONFIG_BLOCK, None)
+    if config_block is None:
+        config_block = _known_block(request, target_model_config.model, num_layers)
+    options: LayerSkipOptions = resolve_options(request, num_layers, config_block)
     return LayerSkipConfig(
         target_model_config=target_model_config,
         target_parallel_config=target_parallel_config,
@@ -117,6 +122,27 @@ def build_config(
         draft_vocab=_read_draft_vocab(options.draft_vocab, target_model_config),
         **options.vllm_options,
     )
+
+
+def _known_block(
+    request: Mapping[str, Any], model: str, num_layers: int
+) -> Mapping[str, int] | None:
+    """E and K of a published checkpoint, whose config.json does not name them."""
+    known = find_known_checkpoint(model, num_layers)
+    if known is None:
+        return None
+    used = [f"{key}={value}" for key, value in known.block.items()
+            if leaves_to_checkpoint(request, key)]  # fmt: skip
+    if used:
+        logger.info_once(
+            "%s has no 'layerskip' block in its config.json; using %s, known for %s (%s). "
+            "`vllm-layerskip tune` finds the best values for this machine.",
+            model,
+            " and ".join(used),
+            known.name,
+            known.source,
+        )
+    return known.block
 
 
 def _read_draft_vocab(file: DraftVocabFile | None, model_config: Any) -> DraftVocab | None:
