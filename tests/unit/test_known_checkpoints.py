@@ -102,6 +102,8 @@ def published(checkpoint, tmp_path):
 def test_an_engine_uses_them_and_says_so(
     engine_config, published, layerskip_log, request_, expected, logged
 ):
+    import vllm_layerskip.config  # noqa: F401  vLLM sets levels of loggers that it makes.
+
     with layerskip_log.at_level(logging.INFO, "vllm.layerskip.config"):
         config = engine_config(
             {"method": "layerskip"} | request_, model=str(published), tokenizer=str(published)
