@@ -78,8 +78,9 @@ def test_names_that_do_not(model, tmp_path):
 
 
 @pytest.fixture
-def published(checkpoint, tmp_path):
+def published(engine_config, checkpoint, tmp_path):
     """A folder as of a published checkpoint of 16 layers: its name, and no block."""
+    engine_config()  # The first one sets all log levels and handlers anew.
     folder = tmp_path / "layerskip-llama3.2-1B"
     shutil.copytree(checkpoint, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -102,8 +103,6 @@ def published(checkpoint, tmp_path):
 def test_an_engine_uses_them_and_says_so(
     engine_config, published, layerskip_log, request_, expected, logged
 ):
-    import vllm_layerskip.config  # noqa: F401  vLLM sets levels of loggers that it makes.
-
     with layerskip_log.at_level(logging.INFO, "vllm.layerskip.config"):
         config = engine_config(
             {"method": "layerskip"} | request_, model=str(published), tokenizer=str(published)

@@ -23,4 +23,9 @@ COMMANDS: tuple[Command, ...] = (
         "vllm_layerskip.commands.draft_vocab",
         "Choose the token ids that drafts may be, from the texts that a model writes.",
     ),
+    Command(
+        "tune",
+        "vllm_layerskip.commands.tune",
+        "Choose exit layer, drafts and batch-size schedule for a checkpoint, machine and prompts.",
+    ),
 )

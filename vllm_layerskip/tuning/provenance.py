@@ -48,7 +48,7 @@ def provenance() -> dict[str, Any]:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "gpu": gpu_info(),
-        "cpu": {"model": _cpu_model(), "count": os.cpu_count()},
+        "cpu": {"model": cpu_model(), "count": os.cpu_count()},
     }
 
 
@@ -95,7 +95,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _cpu_model() -> str | None:
+def cpu_model() -> str | None:
+    """The name of this machine's CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
