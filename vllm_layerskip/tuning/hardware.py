@@ -48,7 +48,7 @@ def find_gpu(name: str | None, bandwidth_tb: float | None = None) -> Gpu | None:
 
 def find_by_part(part: str) -> tuple[str, Gpu] | None:
     """The first GPU of the table that has ``part`` among its name's words (``h100``, ``l4``)."""
-    wanted = part.lower().split()
+    wanted = part.lower().replace("-", " ").split()
     for name, gpu in GPUS.items():
         words = name.lower().replace("-", " ").split()
         if wanted and all(word in words for word in wanted):

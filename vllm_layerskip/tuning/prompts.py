@@ -114,7 +114,7 @@ def encode_prompts(
     if not kept:
         shortest = min(map(len, encoded))
         raise UserError(
-            f"--max-prompt-tokens {max_prompt_tokens}: none of the {len(encoded)} prompts fits; the "
+            f"--max-prompt-tokens {max_prompt_tokens}: none of {len(encoded)} prompts fits; the "
             f"shortest has {shortest} tokens. Raise it, or give shorter prompts."
         )
     return EncodedPrompts(
