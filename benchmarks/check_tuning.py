@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a choice of `vllm-layerskip tune` hold against a full sweep?
+
+    python benchmarks/check_tuning.py CHOICE SWEEP
+
+Both are results folders of `tune`; the sweep's is one of `--num-measured all` with the same
+settings. For each batch size the chosen E with its best measured K is compared with the sweep's
+best cell, both by the sweep's numbers. It exits with 1 if the choice is more than 10 % slower at
+any of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_layerskip.tuning.cells import PLAIN, Row, load_rows
+from vllm_layerskip.tuning.tune import CELLS_FILE
+
+TOLERANCE = 0.10
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Measured speeds of the sweep at one batch size, in tokens/s."""
+
+    batch_size: int
+    plain: float
+    best: Row
+    chosen: Row
+
+    @property
+    def loss(self) -> float:
+        """Share of the best cell's speed that the chosen one lacks."""
+        return 1 - self.chosen.tokens_per_s / self.best.tokens_per_s
+
+    def __str__(self) -> str:
+        def cell(row: Row) -> str:
+            return (
+                f"E={row.exit_layer} K={row.num_speculative_tokens} {row.tokens_per_s:.1f} tokens/s "
+                f"({row.tokens_per_s / self.plain:.3f} x plain)"
+            )
+
+        return (
+            f"batch {self.batch_size}: chosen {cell(self.chosen)}, best of the sweep "
+            f"{cell(self.best)}: {100 * self.loss:.1f} % slower"
+        )
+
+
+def chosen_drafts(report: dict[str, Any], batch_size: int) -> int:
+    """K of the choice at a batch size: its schedule's, or its own where that says none."""
+    for first, last, drafts in report["choice"]["num_speculative_tokens_per_batch_size"]:
+        if first <= batch_size <= last and drafts:
+            return drafts
+    return report["choice"]["num_speculative_tokens"]
+
+
+def compare(report: dict[str, Any], rows: Iterable[Row]) -> list[Comparison]:
+    """For each batch size of the choice.
+
+    Raises:
+        ValueError: the sweep lacks a cell of the report's grid.
+    """
+    by_cell = {(row.cell, row.batch_size): row for row in rows}
+    grid, comparisons = report["grid"], []
+    cells = [(e, k) for e in grid["exit_layers"] for k in grid["num_speculative_tokens"]]
+    for batch_size in grid["batch_sizes"]:
+        missing = [cell for cell in (PLAIN, *cells) if (cell, batch_size) not in by_cell]
+        if missing:
+            raise ValueError(
+                f"The sweep lacks {missing} at batch size {batch_size}. Go on with it."
+            )
+        sweep = [by_cell[cell, batch_size] for cell in cells]
+        choice = report["choice"]["exit_layer"], chosen_drafts(report, batch_size)
+        comparisons.append(
+            Comparison(
+                batch_size,
+                plain=by_cell[PLAIN, batch_size].tokens_per_s,
+                best=max(sweep, key=lambda row: row.tokens_per_s),
+                chosen=by_cell[choice, batch_size],
+            )
+        )
+    return comparisons
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("choice", type=Path)
+    parser.add_argument("sweep", type=Path)
+    args = parser.parse_args()
+    report = json.loads((args.choice / "report.json").read_text(encoding="utf-8"))
+    sweep = json.loads((args.sweep / "report.json").read_text(encoding="utf-8"))
+    settings = {row["settings"] for row in sweep["measured"]}
+    rows = [row for row in load_rows(args.sweep / CELLS_FILE) if row.settings in settings]
+    comparisons = compare(report, rows)
+    for comparison in comparisons:
+        print(comparison)
+    return int(any(comparison.loss > TOLERANCE for comparison in comparisons))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
