@@ -4,8 +4,8 @@
     python benchmarks/check_tuning.py CHOICE SWEEP
 
 Both are results folders of `tune`; the sweep's is one of `--num-measured all` with the same
-settings. For each batch size the chosen E with its best measured K is compared with the sweep's
-best cell, both by the sweep's numbers. It exits with 1 if the choice is more than 10 % slower at
+settings. For each batch size the chosen E with its scheduled K is compared with the sweep's best
+cell, both by the sweep's numbers. It exits with 1 if the choice is more than 10 % slower at
 any of them.
 """
 
@@ -41,10 +41,9 @@ class Comparison:
 
     def __str__(self) -> str:
         def cell(row: Row) -> str:
-            return (
-                f"E={row.exit_layer} K={row.num_speculative_tokens} {row.tokens_per_s:.1f} tokens/s "
-                f"({row.tokens_per_s / self.plain:.3f} x plain)"
-            )
+            name = "E={} K={}".format(*row.cell)
+            ratio = row.tokens_per_s / self.plain
+            return f"{name}, {row.tokens_per_s:.1f} tokens/s ({ratio:.3f} x plain)"
 
         return (
             f"batch {self.batch_size}: chosen {cell(self.chosen)}, best of the sweep "
@@ -52,12 +51,20 @@ class Comparison:
         )
 
 
-def chosen_drafts(report: dict[str, Any], batch_size: int) -> int:
-    """K of the choice at a batch size: its schedule's, or its own where that says none."""
-    for first, last, drafts in report["choice"]["num_speculative_tokens_per_batch_size"]:
-        if first <= batch_size <= last and drafts:
-            return drafts
-    return report["choice"]["num_speculative_tokens"]
+def chosen_cell(report: dict[str, Any], batch_size: int) -> tuple[int, int]:
+    """(E, K) of the choice at a batch size; plain decoding where its schedule says so.
+
+    Where drafting pays nowhere, the pair that loses the least stands in at the smallest batch
+    size, which it was chosen for.
+    """
+    choice = report["choice"]
+    drafts = 0
+    for first, last, scheduled in choice["num_speculative_tokens_per_batch_size"]:
+        if first <= batch_size <= last:
+            drafts = scheduled
+    if not choice["pays"] and batch_size == min(report["grid"]["batch_sizes"]):
+        drafts = choice["num_speculative_tokens"]
+    return (choice["exit_layer"], drafts) if drafts else PLAIN
 
 
 def compare(report: dict[str, Any], rows: Iterable[Row]) -> list[Comparison]:
@@ -76,13 +83,12 @@ def compare(report: dict[str, Any], rows: Iterable[Row]) -> list[Comparison]:
                 f"The sweep lacks {missing} at batch size {batch_size}. Go on with it."
             )
         sweep = [by_cell[cell, batch_size] for cell in cells]
-        choice = report["choice"]["exit_layer"], chosen_drafts(report, batch_size)
         comparisons.append(
             Comparison(
                 batch_size,
                 plain=by_cell[PLAIN, batch_size].tokens_per_s,
                 best=max(sweep, key=lambda row: row.tokens_per_s),
-                chosen=by_cell[choice, batch_size],
+                chosen=by_cell[chosen_cell(report, batch_size), batch_size],
             )
         )
     return comparisons

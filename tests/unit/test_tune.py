@@ -8,6 +8,8 @@ tests/engine/test_tune.py.
 import json
 import random
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +21,11 @@ from vllm_layerskip import cli
 from vllm_layerskip.options import resolve_options
 from vllm_layerskip.tuning import jobs
 from vllm_layerskip.tuning.agreement import Agreement
-from vllm_layerskip.tuning.cells import PLAIN, Row, load_rows
+from vllm_layerskip.tuning.cells import PLAIN, Row, append_rows, load_rows
 from vllm_layerskip.tuning.tune import ALL, Grid, MeasuredCells, tune
 
 MODEL = Path(vllm_layerskip.__file__).parent / "checkpoint"
+ROOT = Path(__file__).parents[2]
 NUM_LAYERS = 12
 PROMPTS = ("import os", "def f(x):", "class A:", "for i in")
 
@@ -312,3 +315,55 @@ def test_a_failing_process_shows_the_end_of_its_log(checkpoint, prompts, tmp_pat
     assert "a process that loads the model failed" in message
     assert "agreement.log" in message
     assert "no file named" in message or "model.safetensors" in message
+
+
+class TestCheckAgainstASweep:
+    """benchmarks/check_tuning.py: a good choice passes, a bad one fails."""
+
+    @pytest.fixture
+    def check(self, tmp_path):
+        def check(pair, speeds, schedule=None, pays=True):
+            choice, sweep = tmp_path / "choice", tmp_path / "sweep"
+            for folder in (choice, sweep):
+                folder.mkdir()
+            report = {
+                "grid": {"exit_layers": [2, 3], "num_speculative_tokens": [1, 2], "batch_sizes": [1]},
+                "choice": {
+                    "exit_layer": pair[0], "num_speculative_tokens": pair[1], "pays": pays,
+                    "num_speculative_tokens_per_batch_size": schedule or [[1, 1, pair[1]]],
+                },
+                "measured": [{"settings": "s"}],
+            }  # fmt: skip
+            for folder in (choice, sweep):
+                (folder / "report.json").write_text(json.dumps(report))
+            row = Machine(make_agreement()).row(PLAIN, 1)
+            rows = [
+                replace(row, exit_layer=e, num_speculative_tokens=k, tokens_per_s=speed)
+                for (e, k), speed in speeds.items()
+            ]
+            # Another run's rows in the same file do not count.
+            rows.append(replace(rows[-1], settings="other", tokens_per_s=1e6))
+            append_rows(sweep / "cells.csv", rows)
+            command = [sys.executable, str(ROOT / "benchmarks" / "check_tuning.py")]
+            return subprocess.run(
+                [*command, str(choice), str(sweep)], capture_output=True, text=True, check=False
+            )
+
+        return check
+
+    SPEEDS = {PLAIN: 100.0, (2, 1): 130.0, (2, 2): 118.0, (3, 1): 116.0, (3, 2): 90.0}
+
+    @pytest.mark.parametrize(("pair", "status"), [((2, 1), 0), ((2, 2), 0), ((3, 1), 1)])
+    def test_ten_percent(self, check, pair, status):
+        process = check(pair, self.SPEEDS)
+        assert process.returncode == status, process.stderr
+        assert "best of the sweep E=2 K=1, 130.0 tokens/s (1.300 x plain)" in process.stdout
+
+    def test_where_drafting_does_not_pay_the_pair_is_compared(self, check):
+        slow = {cell: speed / 2 for cell, speed in self.SPEEDS.items()} | {PLAIN: 100.0}
+        assert check((3, 1), slow, [[1, 1, 0]], pays=False).returncode == 1
+
+    def test_a_sweep_with_holes_is_none(self, check):
+        process = check((2, 1), {c: s for c, s in self.SPEEDS.items() if c != (3, 2)})
+        assert process.returncode == 1
+        assert "The sweep lacks [(3, 2)]" in process.stderr
