@@ -326,8 +326,9 @@ class TestCheckAgainstASweep:
             choice, sweep = tmp_path / "choice", tmp_path / "sweep"
             for folder in (choice, sweep):
                 folder.mkdir()
+            grid = {"exit_layers": [2, 3], "num_speculative_tokens": [1, 2], "batch_sizes": [1]}
             report = {
-                "grid": {"exit_layers": [2, 3], "num_speculative_tokens": [1, 2], "batch_sizes": [1]},
+                "grid": grid,
                 "choice": {
                     "exit_layer": pair[0], "num_speculative_tokens": pair[1], "pays": pays,
                     "num_speculative_tokens_per_batch_size": schedule or [[1, 1, pair[1]]],

@@ -10,6 +10,8 @@ import numpy as np
 
 from vllm_layerskip.tuning.tune import Result
 
+_MAX_SPREAD = 1.0
+"""Logarithm (base 2) of the speed-up at which colours end, so that small gains are seen."""
 _MAX_LABELLED = 16
 """Rows or columns up to which each field has its number."""
 
@@ -29,6 +31,7 @@ def draw_map(result: Result, path: Path) -> None:
     grid = result.grid
     values = {size: _values(result, size) for size in grid.batch_sizes}
     spread = max(float(np.nanmax(np.abs(np.log2(v)))) for v in values.values()) or 0.1
+    spread = min(spread, _MAX_SPREAD)
     norm = TwoSlopeNorm(0.0, -spread, spread)
     num_panels = len(grid.batch_sizes)
     width = 1.6 + max(len(grid.num_speculative_tokens) * 0.55, 3.2) * num_panels
@@ -44,12 +47,12 @@ def draw_map(result: Result, path: Path) -> None:
         axis.set_title(f"batch size {size}")
         axis.set_xlabel("drafts K")
     axes[0][0].set_ylabel("exit layer E")
-    bar = figure.colorbar(image, ax=axes, shrink=0.9)
+    bar = figure.colorbar(image, ax=axes, shrink=0.9, extend="both")
     ticks = np.linspace(-spread, spread, 5)
     bar.set_ticks(ticks, labels=[f"{2**tick:.2f}" for tick in ticks])
     bar.set_label("speed-up over plain decoding")
     figure.suptitle(
-        "Predicted speed-up; bold in a frame: measured; star: chosen E with its best K",
+        "Predicted speed-up; bold in a frame: measured; star: what was chosen",
         fontsize="medium",
     )
     figure.savefig(path, dpi=160)
@@ -85,6 +88,8 @@ def _label(axis: Any, result: Result, batch_size: int, values: np.ndarray, sprea
     of_chosen = {k: values[_index(result, (chosen, k))] for k in grid.num_speculative_tokens
                  if not measured or (chosen, k) in measured}  # fmt: skip
     best = max(of_chosen, key=lambda k: of_chosen[k]) if of_chosen else None
+    if best is not None and result.choice.pays and not of_chosen[best] > 1:
+        best = None  # At this batch size nothing is drafted.
     for exit_layer in grid.exit_layers:
         for drafts in grid.num_speculative_tokens:
             cell = (exit_layer, drafts)
