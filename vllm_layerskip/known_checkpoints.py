@@ -83,7 +83,7 @@ def find_known_checkpoint(model: str, num_layers: int) -> KnownCheckpoint | None
             or a folder in the model hub's cache.
         num_layers: L of the model.
     """
-    known = _BY_NAME.get(_checkpoint_name(model))
+    known = _BY_NAME.get(_checkpoint_name(model) or "")
     return known if known is not None and known.num_layers == num_layers else None
 
 

@@ -48,7 +48,7 @@ def draw_map(result: Result, path: Path) -> None:
         axis.set_xlabel("drafts K")
     axes[0][0].set_ylabel("exit layer E")
     bar = figure.colorbar(image, ax=axes, shrink=0.9, extend="both")
-    ticks = np.linspace(-spread, spread, 5)
+    ticks = [spread * part for part in (-1, -0.5, 0, 0.5, 1)]
     bar.set_ticks(ticks, labels=[f"{2**tick:.2f}" for tick in ticks])
     bar.set_label("speed-up over plain decoding")
     figure.suptitle(
