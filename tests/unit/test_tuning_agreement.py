@@ -24,7 +24,7 @@ def model():
     config = LlamaConfig(
         vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=NUM_LAYERS,
         num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3,
-        bos_token_id=0, eos_token_id=1, pad_token_id=2,
+        bos_token_id=0, eos_token_id=None, pad_token_id=2,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 
@@ -81,6 +81,11 @@ class TestOnAModel:
         whole = generate_greedily(model, prompts, 16, ())
         stop = whole[0][6]
         answers = generate_greedily(model, prompts, 16, (stop,))
+        model.generation_config.eos_token_id = stop  # Only what is asked for ends an answer.
+        try:
+            assert generate_greedily(model, prompts, 16, ()) == whole
+        finally:
+            model.generation_config.eos_token_id = None
         for answer, without in zip(answers, whole, strict=True):
             end = without.index(stop) + 1 if stop in without else len(without)
             assert answer == without[:end]

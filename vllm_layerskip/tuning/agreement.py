@@ -111,7 +111,7 @@ class Agreement:
                     target_agreement=float(file["target_agreement"]),
                 )
                 return agreement, str(file["identity"])
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise UserError(
                 f"--agreement {path}: this is no file of agreement statistics ({error}). Give an "
                 "agreement.npz of an earlier run, or leave it out."

@@ -153,7 +153,8 @@ def generate_greedily(
     generation = GenerationConfig(
         max_new_tokens=max_tokens,
         do_sample=False,
-        eos_token_id=list(stop_token_ids) or None,
+        # In place of None transformers would put the model's own.
+        eos_token_id=list(stop_token_ids) or [model.config.vocab_size],
         pad_token_id=0,
     )
     device = next(model.parameters()).device
