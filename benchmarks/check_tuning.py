@@ -104,6 +104,8 @@ def main() -> int:
     report = json.loads((args.choice / "report.json").read_text(encoding="utf-8"))
     sweep = json.loads((args.sweep / "report.json").read_text(encoding="utf-8"))
     settings = {row["settings"] for row in sweep["measured"]}
+    if settings != {row["settings"] for row in report["measured"]}:
+        parser.error("The two were measured under different settings. Run both alike.")
     rows = [row for row in load_rows(args.sweep / CELLS_FILE) if row.settings in settings]
     comparisons = compare(report, rows)
     for comparison in comparisons:
