@@ -95,8 +95,8 @@ def make_schedule(num_drafts: Mapping[int, int]) -> tuple[tuple[int, int, int], 
     return tuple(ranges)
 
 
-def candidates(speedups: Speedups, num_cells: int) -> list[tuple[int, int]]:
-    """The (E, K) that are worth measuring: the chosen E's with its Ks, then those that come
+def candidates(speedups: Speedups) -> list[tuple[int, int]]:
+    """All (E, K) in the order in which they are worth measuring: the chosen E's with its Ks, then those that come
     closest to the best of any batch size."""
     choice = choose(speedups)
     wanted = {
@@ -111,4 +111,4 @@ def candidates(speedups: Speedups, num_cells: int) -> list[tuple[int, int]]:
         cell = (exit_layer, drafts)
         closeness[cell] = max(closeness.get(cell, 0.0), value / best[batch_size])
     ranked = sorted(closeness, key=lambda cell: (-closeness[cell], cell))
-    return list(dict.fromkeys([*wanted, *ranked]))[:num_cells]
+    return list(dict.fromkeys([*wanted, *ranked]))

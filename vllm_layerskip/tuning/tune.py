@@ -144,6 +144,7 @@ def tune(
     Raises:
         UserError: the continuations are too short for every K.
     """
+    design: list[Cell] = []
     if roofline is None:
         design = design_cells(grid.exit_layers, grid.num_speculative_tokens)
         measured.measure([PLAIN, *design], measure_cells)
@@ -164,7 +165,9 @@ def tune(
         (p.exit_layer, p.num_speculative_tokens, p.batch_size): p.speedup for p in predictions
     }
     if num_measured:
-        best = grid.cells if num_measured == ALL else candidates(predicted, num_measured)
+        best = grid.cells
+        if num_measured != ALL:
+            best = [cell for cell in candidates(predicted) if cell not in design][:num_measured]
         measured.measure([PLAIN, *best], measure_cells)
     speedups = measured.speedups(grid)
     return Result(
