@@ -96,8 +96,8 @@ def make_schedule(num_drafts: Mapping[int, int]) -> tuple[tuple[int, int, int], 
 
 
 def candidates(speedups: Speedups) -> list[tuple[int, int]]:
-    """All (E, K) in the order in which they are worth measuring: the chosen E's with its Ks, then those that come
-    closest to the best of any batch size."""
+    """All (E, K) in the order in which they are worth measuring: the chosen E's with its Ks,
+    then those that come closest to the best of any batch size."""
     choice = choose(speedups)
     wanted = {
         (choice.exit_layer, _best(speedups, choice.exit_layer, batch_size)[0]): None
