@@ -23,12 +23,13 @@ from pathlib import Path
 
 from engine_arguments import empty_caches
 from modes import MODES, TRANSFORMERS_MODES
-from processes import log_tail, logged_process
-from provenance import COMMAND_VARIABLE, command_line, provenance
 from results import Record, add_record, load_records
 from rich.console import Console
 from settings import Settings, add_arguments, settings_from
 from summary import baseline_settings, describe, rich_table, rows
+
+from vllm_layerskip.tuning.processes import log_tail, logged_process
+from vllm_layerskip.tuning.provenance import COMMAND_VARIABLE, command_line, provenance
 
 DEFAULT_MODES = ("plain", "layerskip", "layerskip-no-reuse", "draft-model")
 MEASURE = Path(__file__).with_name("measure.py")

@@ -26,10 +26,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from provenance import provenance
 from rich.console import Console
 from rich.table import Table
-from shapes import SHAPES
+
+from vllm_layerskip.tuning.provenance import provenance
+from vllm_layerskip.tuning.shapes import SHAPES
 
 RUNNERS = ("v1", "v2")
 PROMPT_LEN = 32
@@ -51,8 +52,9 @@ def environment(runner: str) -> dict[str, str]:
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Decode each batch size ``--runs`` times in this process."""
     from prompts import make_prompts
-    from timing import run_steps
     from vllm import LLM
+
+    from vllm_layerskip.tuning.timing import run_steps
 
     shape = SHAPES[args.shape]
     with tempfile.TemporaryDirectory() as folder:

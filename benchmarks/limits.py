@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from hardware import GPUS
 from modes import SYNTHETIC_MODES
 from report import markdown
-from roofline import Decoding, Roofline, scheduled_drafts
 from settings import Settings, add_arguments, settings_from
+
+from vllm_layerskip.tuning.hardware import GPUS
+from vllm_layerskip.tuning.roofline import Decoding, Roofline, scheduled_drafts
 
 MODES = ("plain", *SYNTHETIC_MODES, "early-exit")
 HEADER = ("prompt", "batch", "plain tok/s", *(f"{mode} x" for mode in MODES[1:]))

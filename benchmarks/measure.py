@@ -35,10 +35,11 @@ from engine_facts import (  # noqa: E402
 )
 from modes import MODES, TRANSFORMERS_MODES  # noqa: E402
 from prompts import make_prompts  # noqa: E402
-from provenance import provenance  # noqa: E402
 from results import add_record, finished_cells, load_records  # noqa: E402
 from settings import Settings, add_arguments, settings_from  # noqa: E402
-from timing import Window, run_steps, steady_window  # noqa: E402
+
+from vllm_layerskip.tuning.provenance import provenance  # noqa: E402
+from vllm_layerskip.tuning.timing import Window, run_steps, steady_window  # noqa: E402
 
 if TYPE_CHECKING:
     from vllm import LLM

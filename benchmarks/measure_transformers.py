@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from prompts import make_prompts
 from settings import Settings
-from timing import Window
+
+from vllm_layerskip.tuning.timing import Window
 
 if TYPE_CHECKING:
     from measure import Cell, Clock, Emit

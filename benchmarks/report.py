@@ -47,7 +47,7 @@ def _caption(records: Sequence[Record]) -> str:
     return (
         f"Steady decoding of {settings['output_len']} tokens after {settings['prompts']} prompts, "
         f"{settings['dtype']}, greedy, {drafts}; median of {settings['repeats']} run(s). Limits: "
-        "the roofline of `benchmarks/roofline.py`."
+        "the roofline of `vllm_layerskip/tuning/roofline.py`."
     )
 
 

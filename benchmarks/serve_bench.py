@@ -32,13 +32,14 @@ from typing import Any
 
 from engine_arguments import command_line_flags, engine_arguments, prepare_environment
 from modes import VLLM_MODES
-from processes import log_tail, logged_process
-from provenance import provenance
 from results import Record, add_record, finished_cells, load_records
 from rich.console import Console
 from rich.table import Table
 from serve_summary import SERVE_HEADER, serve_cells
 from settings import Settings, add_arguments, settings_from
+
+from vllm_layerskip.tuning.processes import log_tail, logged_process
+from vllm_layerskip.tuning.provenance import provenance
 
 EMBEDDED = Path(__file__).parents[1] / "vllm_layerskip" / "checkpoint"
 MODEL_NAME = "benchmark"

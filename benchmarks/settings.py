@@ -11,9 +11,9 @@ from typing import Any
 
 from modes import Speculation
 from presets import PRESETS, length_for
-from shapes import SHAPES, Shape
 
 from vllm_layerskip.draft_vocab import read_draft_vocab
+from vllm_layerskip.tuning.shapes import SHAPES, Shape
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hardware import find_gpu
 from results import Record
 from rich.table import Table
-from roofline import BYTES_ONLY, Decoding, Roofline, scheduled_drafts
-from shapes import Shape
+
+from vllm_layerskip.tuning.hardware import find_gpu
+from vllm_layerskip.tuning.roofline import BYTES_ONLY, Decoding, Roofline, scheduled_drafts
+from vllm_layerskip.tuning.shapes import Shape
 
 _SPECULATION = (
     "exit_layer",

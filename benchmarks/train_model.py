@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import provenance
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
@@ -38,6 +37,7 @@ from vllm_layerskip.training.train import (
     save_checkpoint,
     score_model,
 )
+from vllm_layerskip.tuning.provenance import provenance
 
 _RECIPE = Recipe(
     max_layer_dropout=0.1, exit_loss_scale=1.0, exit_loss_profile="uniform", rotation=8

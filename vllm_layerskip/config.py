@@ -27,11 +27,13 @@ from vllm_layerskip.draft_vocab import (
     parse_draft_vocab,
     read_draft_vocab,
 )
+from vllm_layerskip.known_checkpoints import find_known_checkpoint
 from vllm_layerskip.models.select import select_model
 from vllm_layerskip.options import (
     CONFIG_BLOCK,
     DraftVocabFile,
     LayerSkipOptions,
+    leaves_to_checkpoint,
     resolve_options,
 )
 from vllm_layerskip.triton_interpreter import interpret_mode
@@ -121,11 +123,11 @@ def build_config(
     if engine_args.load_format != "dummy":
         check_weight_files(Path(target_model_config.model))
     _check_runner()
-    options: LayerSkipOptions = resolve_options(
-        request,
-        num_layers=target_model_config.get_total_num_hidden_layers(),
-        config_block=getattr(target_model_config.hf_config, CONFIG_BLOCK, None),
-    )
+    num_layers = target_model_config.get_total_num_hidden_layers()
+    config_block = getattr(target_model_config.hf_config, CONFIG_BLOCK, None)
+    if config_block is None:
+        config_block = _known_block(request, target_model_config.model, num_layers)
+    options: LayerSkipOptions = resolve_options(request, num_layers, config_block)
     check_request(options, bool(request.get("reuse_exit_states")), engine_args)
     without_reuse = settings_without_reuse(engine_args)
     if without_reuse:
@@ -142,6 +144,27 @@ def build_config(
         draft_vocab=_read_draft_vocab(options.draft_vocab, target_model_config),
         **options.vllm_options,
     )
+
+
+def _known_block(
+    request: Mapping[str, Any], model: str, num_layers: int
+) -> Mapping[str, int] | None:
+    """E and K of a published checkpoint, whose config.json does not name them."""
+    known = find_known_checkpoint(model, num_layers)
+    if known is None:
+        return None
+    used = [f"{key}={value}" for key, value in known.block.items()
+            if leaves_to_checkpoint(request, key)]  # fmt: skip
+    if used:
+        logger.info_once(
+            "%s has no 'layerskip' block in its config.json; using %s, known for %s (%s). "
+            "`vllm-layerskip tune` finds the best values for this machine.",
+            model,
+            " and ".join(used),
+            known.name,
+            known.source,
+        )
+    return known.block
 
 
 def _read_draft_vocab(file: DraftVocabFile | None, model_config: Any) -> DraftVocab | None:

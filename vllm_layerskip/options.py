@@ -18,13 +18,16 @@ SELF = "[self]"
 AUTO = "auto"
 NONE = "none"
 
+SCHEDULE = "num_speculative_tokens_per_batch_size"
+"""vLLM's key for K by batch size: ``[first batch size, last batch size, K]``, ascending."""
+
 OWN_KEYS = frozenset({"draft_vocab", "exit_layer", "reuse_exit_states"})
 """Keys that vLLM does not know."""
 
 VLLM_KEYS = frozenset(
     {
         "draft_sample_method",
-        "num_speculative_tokens_per_batch_size",
+        SCHEDULE,
         "rejection_sample_method",
         "synthetic_acceptance_length",
         "synthetic_acceptance_rates",
@@ -142,8 +145,14 @@ def resolve_options(
         ),
         reuse_exit_states=reuse,
         draft_vocab=_resolve_draft_vocab(request.get("draft_vocab", AUTO), block),
-        vllm_options={key: request[key] for key in sorted(VLLM_KEYS & request.keys())},
+        vllm_options={key: request[key] for key in sorted(VLLM_KEYS & request.keys())}
+        | _schedule_of_checkpoint(request, block),
     )
+
+
+def leaves_to_checkpoint(request: Mapping[str, Any], key: str) -> bool:
+    """Whether a request leaves ``exit_layer`` or ``num_speculative_tokens`` to the checkpoint."""
+    return request.get(key, AUTO) in (None, AUTO)
 
 
 def parse_exit_layer(text: str) -> int | Literal["auto"]:
@@ -214,6 +223,51 @@ def _resolve_num_speculative_tokens(value: object, block: Mapping[str, Any]) -> 
             f"{source}: num_speculative_tokens={value!r} must be an integer of at least 1."
         )
     return value
+
+
+def _schedule_of_checkpoint(
+    request: Mapping[str, Any], block: Mapping[str, Any]
+) -> dict[str, list[tuple[int, int, int]]]:
+    """The checkpoint's schedule of K by batch size, where it applies.
+
+    It was found for the checkpoint's own E and K. Who sets either decides for himself how much
+    is drafted, and who sets a schedule, null for none, has that one.
+    """
+    if SCHEDULE not in block or SCHEDULE in request:
+        return {}
+    if not all(
+        leaves_to_checkpoint(request, key) for key in ("exit_layer", "num_speculative_tokens")
+    ):
+        return {}
+    return {SCHEDULE: checked_schedule(block[SCHEDULE], f"config.json, '{CONFIG_BLOCK}' block")}
+
+
+def checked_schedule(value: object, source: str) -> list[tuple[int, int, int]]:
+    """A schedule of K by batch size, as vLLM takes it.
+
+    Raises:
+        ValueError: vLLM would refuse it; the message names ``source``.
+    """
+    valid = (
+        f"{source}: {SCHEDULE}={value!r} must be a list of [first batch size, last batch size, "
+        "num_speculative_tokens], with whole numbers, the first batch size 1 and no overlaps. "
+        "Correct it, or run `vllm-layerskip tune` again."
+    )
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(valid)
+    previous_end, schedule = 0, []
+    for entry in value:
+        if not isinstance(entry, list | tuple) or len(entry) != 3:
+            raise ValueError(valid)
+        if any(isinstance(number, bool) or not isinstance(number, int) for number in entry):
+            raise ValueError(valid)
+        first, last, num_drafts = entry
+        begins = first == 1 if previous_end == 0 else first > previous_end
+        if not begins or last < first or num_drafts < 0:
+            raise ValueError(valid)
+        previous_end = last
+        schedule.append((first, last, num_drafts))
+    return schedule
 
 
 def _resolve_draft_vocab(value: object, block: Mapping[str, Any]) -> DraftVocabFile | None:

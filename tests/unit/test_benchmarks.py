@@ -19,7 +19,6 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import compare  # noqa: E402
-import hardware  # noqa: E402
 import limits  # noqa: E402
 import plots  # noqa: E402
 import presets  # noqa: E402
@@ -31,10 +30,12 @@ import summary  # noqa: E402
 from cut_checkpoint import write_cut_checkpoint  # noqa: E402
 from engine_arguments import command_line_flags, engine_arguments  # noqa: E402
 from modes import VLLM_MODES, Speculation, speculative_config  # noqa: E402
-from roofline import BYTES_ONLY, Decoding, Roofline, scheduled_drafts  # noqa: E402
 from settings import Settings, add_arguments, settings_from  # noqa: E402
-from shapes import SHAPES, Shape  # noqa: E402
-from timing import Step, steady_window  # noqa: E402
+
+from vllm_layerskip.tuning import hardware  # noqa: E402
+from vllm_layerskip.tuning.roofline import BYTES_ONLY, Decoding, Roofline, scheduled_drafts  # noqa: E402
+from vllm_layerskip.tuning.shapes import SHAPES, Shape  # noqa: E402
+from vllm_layerskip.tuning.timing import Step, steady_window  # noqa: E402
 
 EMBEDDED = Path(__file__).parents[2] / "vllm_layerskip" / "checkpoint"
 H200 = hardware.GPUS["NVIDIA H200"]

@@ -229,3 +229,69 @@ def test_only_integers_and_auto_parse_as_an_exit_layer(text):
 def test_an_exit_layer_survives_the_command_line(exit_layer):
     assert parse_exit_layer(str(exit_layer)) == exit_layer
     assert parse_exit_layer("auto") == "auto"
+
+
+SCHEDULE = [[1, 4, 5], [5, 16, 2], [17, 64, 0]]
+TUNED = BLOCK | {"num_speculative_tokens_per_batch_size": SCHEDULE}
+
+
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [
+        ({}, [(1, 4, 5), (5, 16, 2), (17, 64, 0)]),
+        ({"exit_layer": "auto"}, [(1, 4, 5), (5, 16, 2), (17, 64, 0)]),
+        ({"num_speculative_tokens": None}, [(1, 4, 5), (5, 16, 2), (17, 64, 0)]),
+        # Tuned for the checkpoint's own pair; to state E or K, even the same, is a decision.
+        ({"exit_layer": 1}, None),
+        ({"num_speculative_tokens": 5}, None),
+        ({"num_speculative_tokens": 2}, None),
+        ({"num_speculative_tokens_per_batch_size": [(1, 8, 3)]}, [(1, 8, 3)]),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_the_checkpoints_schedule_belongs_to_its_own_e_and_k(request_, expected):
+    options = resolve_options({"model": "[self]"} | request_, NUM_LAYERS, TUNED)
+    assert options.vllm_options.get("num_speculative_tokens_per_batch_size") == expected
+
+
+def test_a_request_for_no_schedule_gets_none():
+    request = {"model": "[self]", "num_speculative_tokens_per_batch_size": None}
+    options = resolve_options(request, NUM_LAYERS, TUNED)
+    assert options.vllm_options == {"num_speculative_tokens_per_batch_size": None}
+    assert options.num_speculative_tokens == 5
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        None, [], {}, 5, "1-4", [1, 4, 5], [[1, 4]], [[1, 4, 5, 6]], [[2, 4, 5]], [[0, 4, 5]],
+        [[1, 4, -1]], [[4, 1, 5]], [[1, 4, 5], [4, 8, 2]], [[5, 8, 2], [1, 4, 5]], [[1, 4, 5.0]],
+        [[1, True, 5]], [["1", 4, 5]],
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_a_bad_schedule_in_the_checkpoint_is_refused(schedule):
+    block = BLOCK | {"num_speculative_tokens_per_batch_size": schedule}
+    with pytest.raises(ValueError, match="config.json, 'layerskip' block") as error:
+        resolve_options({"model": "[self]"}, NUM_LAYERS, block)
+    for words in ("num_speculative_tokens_per_batch_size", repr(schedule), "vllm-layerskip tune"):
+        assert words in str(error.value)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(-1, 9), st.integers(-1, 9), st.integers(-1, 4)).map(list),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_a_schedule_is_accepted_only_if_vllm_accepts_it(schedule):
+    from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
+
+    from vllm_layerskip.options import checked_schedule
+
+    try:
+        ours = checked_schedule(schedule, "here")
+    except ValueError:
+        return
+    assert ours == validate_and_normalize_dynamic_sd_schedule(schedule)

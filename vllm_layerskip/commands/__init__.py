@@ -33,4 +33,9 @@ COMMANDS: tuple[Command, ...] = (
         "vllm_layerskip.commands.eval",
         "Perplexity, accuracy and agreement of every exit layer on held-out text.",
     ),
+    Command(
+        "tune",
+        "vllm_layerskip.commands.tune",
+        "Choose exit layer, drafts and batch-size schedule for a checkpoint, machine and prompts.",
+    ),
 )

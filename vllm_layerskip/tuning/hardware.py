@@ -46,6 +46,16 @@ def find_gpu(name: str | None, bandwidth_tb: float | None = None) -> Gpu | None:
     return Gpu(bandwidth_tb * 1e12, gpu.flops if gpu else float("inf"))
 
 
+def find_by_part(part: str) -> tuple[str, Gpu] | None:
+    """The first GPU of the table that has ``part`` among its name's words (``h100``, ``l4``)."""
+    wanted = part.lower().replace("-", " ").split()
+    for name, gpu in GPUS.items():
+        words = name.lower().replace("-", " ").split()
+        if wanted and all(word in words for word in wanted):
+            return name, gpu
+    return None
+
+
 def gpu_info() -> dict[str, str] | None:
     """Name, driver and memory of the first GPU, None without one.
 

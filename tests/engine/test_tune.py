@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tuning on real engines: what a cell's row says, and the command from prompts to `auto`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from vllm_layerskip.options import resolve_options
+from vllm_layerskip.tuning.cells import PLAIN, load_rows, num_equal_outputs
+from vllm_layerskip.tuning.measure import (
+    CellJob,
+    EngineSettings,
+    Load,
+    batch_groups,
+    generate,
+    measure_cells,
+)
+
+ROOT = Path(__file__).parents[2]
+CELL = (3, 4)
+
+
+def test_a_cell_is_measured_as_it_was_predicted(checkpoint: Path, prompts: list[list[int]]) -> None:
+    """Plain decoding and one cell, in this process: outputs, counters, and acceptance."""
+    from checkpoints import load_reference
+
+    from vllm_layerskip.tuning.exit_predictions import measure_agreement
+
+    engine = EngineSettings(
+        model=str(checkpoint),
+        dtype="float32",
+        device="cpu",
+        max_model_len=256,
+        enforce_eager=True,
+        kv_cache_memory_bytes=16 << 20,
+        engine_args={"max_num_batched_tokens": 256},
+    )
+    load = Load(
+        prompts=tuple(map(tuple, prompts[:4])),
+        max_tokens=80,
+        stop_token_ids=(1,),
+        batch_sizes=(1, 3),
+        repeats=1,
+    )
+    job = CellJob((PLAIN, CELL), engine, load, "digest")
+    assert CellJob.from_dict(json.loads(json.dumps(job.to_dict()))) == job
+    rows = {(row.cell, row.batch_size): row for row in measure_cells(job)}
+    assert list(rows) == [(PLAIN, 1), (PLAIN, 3), (CELL, 1), (CELL, 3)]
+    for batch_size in load.batch_sizes:
+        plain, row = rows[PLAIN, batch_size], rows[CELL, batch_size]
+        assert num_equal_outputs(row, plain) == (4, 4)
+        assert plain.acceptance_length == 1.0
+        assert (plain.num_drafts, plain.num_accepted_tokens) == (0, 0)
+        assert row.num_accepted_tokens > 0
+        assert row.acceptance_length > 1.3
+        for measured in (plain, row):
+            tokens_per_step = measured.batch_size * measured.acceptance_length
+            by_step = 1e3 * tokens_per_step / measured.step_ms
+            assert measured.tokens_per_s == pytest.approx(by_step, rel=1e-3)
+
+    continuations = generate(engine, load)
+    assert all(len(ids) == 80 or ids[-1] == 1 for ids in continuations)
+    reference = load_reference(checkpoint)
+    agreement = measure_agreement(reference, load.prompts, continuations, [3])
+    assert agreement.target_agreement == 1.0
+    predicted = agreement.acceptance_lengths(4)[0, 3]
+    # The same text, but for where its last, incomplete step begins.
+    assert rows[CELL, 1].acceptance_length == pytest.approx(predicted, rel=0.08)
+
+
+def test_every_group_is_full_and_every_prompt_in_one() -> None:
+    prompts = [(1,), (2,), (3,), (4,), (5,)]
+    assert batch_groups(prompts, 2) == [[(1,), (2,)], [(3,), (4,)], [(5,), (1,)]]
+    assert batch_groups(prompts[:1], 3) == [[(1,), (1,), (1,)]]
+
+
+def run_tune(*arguments: object) -> str:
+    command: Sequence[str] = [
+        sys.executable, "-m", "vllm_layerskip.cli", "tune", *map(str, arguments)
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT) + os.pathsep + os.getenv("PYTHONPATH", "")}
+    process = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment, timeout=580
+    )
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
+    return process.stdout
+
+
+@pytest.mark.slow
+def test_from_prompts_to_auto(
+    checkpoint: Path, prompts: list[list[int]], tokenizer, tmp_path: Path
+) -> None:
+    """The command as users run it; then again, with everything there."""
+    model, results = tmp_path / "model", tmp_path / "results"
+    shutil.copytree(checkpoint, model)
+    file = tmp_path / "prompts.jsonl"
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts]
+    file.write_text("\n".join(map(json.dumps, texts)))
+    command = (
+        "--model", model, "--prompts", file, "--batch-sizes", "1,2", "--max-tokens", 48,
+        "--num-speculative-tokens", "1-5", "--exit-layers", "2-6", "--repeats", 1,
+        "--num-measured", 1, "--enforce-eager", "--cells-per-process", 9, "--results", results,
+    )  # fmt: skip
+    shown = run_tune(*command)
+    report = json.loads((results / "report.json").read_text())
+    rows = load_rows(results / "cells.csv")
+    measured = {row.cell for row in rows}
+    assert PLAIN in measured
+    assert {(2, 1), (2, 5), (6, 1), (6, 5), (4, 3)} < measured
+    assert len(measured) == 7
+    for row in rows:
+        if row.cell != PLAIN:
+            assert row.num_accepted_tokens > 0
+            (plain,) = (r for r in rows if (r.cell, r.batch_size) == (PLAIN, row.batch_size))
+            assert num_equal_outputs(row, plain) == (len(prompts), len(prompts))
+            lengths = report["agreement"]["acceptance_lengths"][str(row.exit_layer)]
+            if row.batch_size == 1:
+                predicted = lengths[row.num_speculative_tokens - 1]
+                assert row.acceptance_length == pytest.approx(predicted, rel=0.1)
+    block = json.loads((model / "config.json").read_text())["layerskip"]
+    options = resolve_options({"model": "[self]"}, 12, block)
+    assert options.exit_layer == report["choice"]["exit_layer"]
+    assert f"vllm serve {model}" in shown
+
+    before = (results / "cells.csv").read_bytes()
+    (results / "map.png").unlink()
+    run_tune(*command)
+    assert (results / "cells.csv").read_bytes() == before
+    assert (results / "map.png").exists()
