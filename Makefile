@@ -12,7 +12,7 @@ CPU_STAMP := $(CPU_VENV)/.installed-cpu
 GPU_STAMP := $(VENV)/.installed-gpu
 DEMO_STAMP := $(if $(GPU),$(GPU_STAMP),$(CPU_STAMP))
 
-.PHONY: demo test quality style checkpoint clean
+.PHONY: demo test quality style checkpoint check-vllm clean
 
 demo: $(DEMO_STAMP)
 	$(if $(GPU),,TRITON_INTERPRET=1) $(VENV)/bin/python examples/demo.py
@@ -32,6 +32,13 @@ style: $(CPU_STAMP)
 # Train the embedded checkpoint and its twin again (about an hour on 2 cores).
 checkpoint: $(DEMO_STAMP)
 	$(VENV)/bin/python -m vllm_layerskip.training --output vllm_layerskip/checkpoint --twin
+
+# Record again what the plugin touches in each supported vLLM (docs/compatibility.md); downloads
+# the wheel of the one that is not installed.
+CONTACTS := tests/unit/data/vllm-
+check-vllm: $(CPU_STAMP)
+	$(CPU_VENV)/bin/python tools/check_vllm.py --installed --record $(CONTACTS)0.32.0-contacts.json
+	$(CPU_VENV)/bin/python tools/check_vllm.py 0.33.0 --record $(CONTACTS)0.33.0-contacts.json
 
 define make_venv
 $(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed"'

@@ -45,10 +45,15 @@ class NotFound(LookupError):
 
 
 class Sources:
-    """Python files of a distribution, by module name."""
+    """Python files of a package, by module name.
 
-    def __init__(self, root: Path | zipfile.Path) -> None:
+    Other packages that lie beside it, as in an environment, are not looked at: what is found in
+    a wheel and in an installation must be the same.
+    """
+
+    def __init__(self, root: Path | zipfile.Path, package: str = "vllm") -> None:
         self.root = root
+        self.package = package
         self.module = functools.cache(self._parse)
 
     def is_package(self, name: str) -> bool:
@@ -62,6 +67,8 @@ class Sources:
         return path / last / suffix if suffix == "__init__.py" else path / f"{last}{suffix}"
 
     def _parse(self, name: str) -> ast.Module | None:
+        if name.split(".")[0] != self.package:
+            return None
         for suffix in ("__init__.py", ".py"):
             file = self._file(name, suffix)
             if file.is_file():

@@ -224,12 +224,12 @@ def sources(tmp_path, request):
             path = tmp_path / name
             path.parent.mkdir(exist_ok=True)
             path.write_text(inspect.cleandoc(text))
-        return Sources(tmp_path)
+        return Sources(tmp_path, "pkg")
     wheel = tmp_path / "pkg-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         for name, text in MODULES.items():
             archive.writestr(name, inspect.cleandoc(text))
-    return Sources(zipfile.Path(wheel))
+    return Sources(zipfile.Path(wheel), "pkg")
 
 
 @pytest.mark.parametrize(
