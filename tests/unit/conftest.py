@@ -65,9 +65,10 @@ def engine_config(engine_args):
 
 
 @pytest.fixture
-def layerskip_log(caplog):
-    """Records of our loggers; vLLM keeps its log tree from pytest's own handler."""
+def layerskip_log(caplog, monkeypatch):
+    """Records of our loggers; vLLM, once it is imported, keeps its own from pytest's handler."""
     logger = logging.getLogger("vllm.layerskip")
+    monkeypatch.setattr(logger, "propagate", False)
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)

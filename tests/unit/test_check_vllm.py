@@ -38,7 +38,7 @@ def installed():
 
 def as_python_sees_it(path):
     """Parameters of a contact of the installed vLLM, in the tool's notation."""
-    found = inspect.unwrap(host.resolve(path))
+    found = inspect.unwrap(host.resolve(path), stop=lambda f: hasattr(f, "__signature__"))
     if hasattr(found, "arg_names"):  # A Triton kernel.
         return tuple(found.arg_names)
     if not callable(found) or isinstance(found, property):
@@ -59,7 +59,7 @@ def as_python_sees_it(path):
             ):
                 notation.append("*")
             notation.append(parameter.name + "=" * (parameter.default is not parameter.empty))
-    is_classmethod = notation[:1] == ["cls"]
+    is_classmethod = "." in path.partition(":")[2] and notation[:1] == ["cls"]
     return tuple(notation[1:] if is_classmethod else notation)
 
 
@@ -70,7 +70,12 @@ def test_the_tool_sees_the_installed_vllm_as_python_does(installed, contact):
     if found.kind == "kernel":
         assert tuple(found.names) == as_python_sees_it(contact.path)
     elif found.kind in ("function", "class"):
-        assert found.parameters == as_python_sees_it(contact.path)
+        seen = as_python_sees_it(contact.path)
+        if host.resolve(contact.path).__module__ == "vllm.compilation.decorators":
+            # A class's constructor within the compiler's, which hands everything on.
+            assert set(found.names) <= {name.strip("*=") for name in seen}
+        else:
+            assert found.parameters == seen
     else:
         assert found.parameters is None
 
