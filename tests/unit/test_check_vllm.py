@@ -150,7 +150,7 @@ def test_our_overrides_take_what_every_version_passes():
 MODULES = {
     "pkg/__init__.py": """
         from pkg.parts import *
-        from .parts import Part as Renamed
+        from .parts import Part as Renamed, circular
         from typing import TYPE_CHECKING
         if TYPE_CHECKING:
             from pkg.parts import only_typed
@@ -164,6 +164,7 @@ MODULES = {
         from typing import ClassVar, NamedTuple, overload
         from dataclasses import dataclass, field
         from external import Unknown
+        from pkg import circular
         __all__ = ["Part", "Registry", "work", "Data", "Wide", "Pair"]
 
         class Part(base.Base, Unknown):
@@ -224,12 +225,12 @@ def sources(tmp_path, request):
             path = tmp_path / name
             path.parent.mkdir(exist_ok=True)
             path.write_text(inspect.cleandoc(text))
-        return Sources(tmp_path)
+        return Sources(tmp_path, "pkg")
     wheel = tmp_path / "pkg-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         for name, text in MODULES.items():
             archive.writestr(name, inspect.cleandoc(text))
-    return Sources(zipfile.Path(wheel))
+    return Sources(zipfile.Path(wheel), "pkg")
 
 
 @pytest.mark.parametrize(
@@ -264,6 +265,7 @@ def test_a_name_is_bound_as_python_binds_it(sources, path, kind, parameters):
     [
         "pkg:gone",
         "pkg.gone:work",
+        "pkg.parts:circular",
         "gone:work",
         "pkg:Part.gone",
         "pkg:unexported",
