@@ -45,15 +45,10 @@ class NotFound(LookupError):
 
 
 class Sources:
-    """Python files of a package, by module name.
-
-    Other packages that lie beside it, as in an environment, are not looked at: what is found in
-    a wheel and in an installation must be the same.
-    """
+    """Python files of one package, by module name; what stands beside it is not looked at."""
 
     def __init__(self, root: Path | zipfile.Path, package: str = "vllm") -> None:
-        self.root = root
-        self.package = package
+        self.root, self.package = root, package
         self.module = functools.cache(self._parse)
 
     def is_package(self, name: str) -> bool:
@@ -67,7 +62,7 @@ class Sources:
         return path / last / suffix if suffix == "__init__.py" else path / f"{last}{suffix}"
 
     def _parse(self, name: str) -> ast.Module | None:
-        if name.split(".")[0] != self.package:
+        if name.partition(".")[0] != self.package:
             return None
         for suffix in ("__init__.py", ".py"):
             file = self._file(name, suffix)
@@ -98,6 +93,7 @@ class Signature(NamedTuple):
 class Resolver:
     def __init__(self, sources: Sources) -> None:
         self.sources = sources
+        self._looking_for: set[tuple[str, str]] = set()
 
     def signature(self, path: str) -> Signature:
         """Of what ``module:attribute.attribute`` names.
@@ -147,6 +143,15 @@ class Resolver:
         return Signature("attribute" if is_attribute else "value", None)
 
     def _in_module(self, module: str, name: str) -> Found:
+        if (module, name) in self._looking_for:
+            raise NotFound(f"{name} in {module}")  # Two modules import it from one another.
+        self._looking_for.add((module, name))
+        try:
+            return self._bound_in_module(module, name)
+        finally:
+            self._looking_for.remove((module, name))
+
+    def _bound_in_module(self, module: str, name: str) -> Found:
         tree = self.sources.module(module)
         if tree is None:
             raise NotFound(f"module {module}")

@@ -185,11 +185,11 @@ def _snapshot() -> Iterator[Any]:
         if metric.name == PREFIX + "num_draft_tokens_per_pos":
             vectors: dict[tuple[tuple[str, str], ...], list[int]] = {}
             for sample in samples:
-                labels = {k: v for k, v in sample.labels.items() if k != "position"}
+                key = tuple((k, v) for k, v in sample.labels.items() if k != "position")
                 # In order of their positions, as they were made.
-                vectors.setdefault(tuple(labels.items()), []).append(int(sample.value))
-            for labels, values in vectors.items():
-                yield Vector(name=metric.name, labels=dict(labels), values=values)
+                vectors.setdefault(key, []).append(int(sample.value))
+            for key, values in vectors.items():
+                yield Vector(name=metric.name, labels=dict(key), values=values)
         elif metric.type == "counter":
             for sample in samples:
                 yield Counter(name=metric.name, labels=sample.labels, value=int(sample.value))

@@ -285,10 +285,17 @@ class Bookkeeping(RuleBasedStateMachine):
     def abort(self, data):
         self.leave(data.draw(st.sampled_from(self.running)))
 
-    # A step of the engine.
+    # Steps of the engine.
 
     @precondition(lambda self: self.running)
-    @rule(data=st.data(), num_speculative_tokens=st.sampled_from([K, K, K, K - 1, 1, 0]))
+    @rule(
+        data=st.data(), schedule_of_k=st.lists(st.sampled_from([K, K, K, K - 1, 1, 0]), min_size=1)
+    )
+    def steps(self, data, schedule_of_k):
+        for num_speculative_tokens in schedule_of_k:
+            if self.running:
+                self.step(data, num_speculative_tokens)
+
     def step(self, data, num_speculative_tokens):
         requests = self.schedule(data)
         drafts, chunks, inputs = self.inputs_of(data, requests)
@@ -321,7 +328,7 @@ class Bookkeeping(RuleBasedStateMachine):
             else:
                 chunk = 1
                 verified = list(request.drafts)
-                if data.draw(st.integers(0, 5)) == 0:  # A budget, a grammar or K = 0.
+                if data.draw(st.integers(0, 3)) == 0:  # A budget, a grammar or K = 0.
                     verified = verified[: data.draw(st.integers(0, len(verified)))]
                 # vLLM keeps inputs in front of the last position.
                 verified = verified[: max(0, MAX_MODEL_LEN - 1 - start - 1)]
@@ -547,6 +554,12 @@ def _one_too_few(original, self, idx_mapping_np, num_valid):
     original(self, idx_mapping_np, np.where(num_valid > 0, num_valid - 1, num_valid))
 
 
+@contextlib.contextmanager
+def _both(first, second):
+    with first, second:
+        yield
+
+
 DEFECTS = {
     "a pass moves on by two": lambda: _wrap(speculator_module, "advance", _advance_by_two),
     "a pass does not grow what is attended to": lambda: _wrap(
@@ -568,9 +581,10 @@ DEFECTS = {
         lambda self, batch, k: self.exit_states.set_num_valid(batch.idx_mapping_np, k),
     ),
     "fewer passes count than ran": lambda: _wrap(ExitStates, "set_num_valid", _one_too_few),
-    "a batch is covered if one row is": lambda: _wrap(ExitStates, "cover", _cover_any),
-    "prefill rows are not looked at": lambda: _wrap(
-        LayerSkipModelState, "_covered", _with(has_prefill=lambda batch: False)
+    # Each of the two alone keeps such rows out, so both must be gone.
+    "neither prefill rows nor validity are looked at": lambda: _both(
+        _wrap(LayerSkipModelState, "_covered", _with(has_prefill=lambda batch: False)),
+        _wrap(ExitStates, "cover", _cover_any),
     ),
     "rows may differ in their drafts": lambda: _wrap(
         LayerSkipModelState,

@@ -155,7 +155,7 @@ def test_our_overrides_take_what_every_version_passes():
 MODULES = {
     "pkg/__init__.py": """
         from pkg.parts import *
-        from .parts import Part as Renamed
+        from .parts import Part as Renamed, circular
         from typing import TYPE_CHECKING
         if TYPE_CHECKING:
             from pkg.parts import only_typed
@@ -169,6 +169,7 @@ MODULES = {
         from typing import ClassVar, NamedTuple, overload
         from dataclasses import dataclass, field
         from external import Unknown
+        from pkg import circular
         __all__ = ["Part", "Registry", "work", "Data", "Wide", "Pair"]
 
         class Part(base.Base, Unknown):
@@ -269,6 +270,7 @@ def test_a_name_is_bound_as_python_binds_it(sources, path, kind, parameters):
     [
         "pkg:gone",
         "pkg.gone:work",
+        "pkg.parts:circular",
         "gone:work",
         "pkg:Part.gone",
         "pkg:unexported",
