@@ -74,4 +74,7 @@ def test_an_example_runs_and_its_exit_learns(name, task, tmp_path):
     key = f"eval_exit_{exit_layer}_loss"
     print(f"{name}: eval_loss {first['eval_loss']:.3f} -> {last['eval_loss']:.3f}, ", end="")
     print(f"{key} {first[key]:.3f} -> {last[key]:.3f}, {history[-1]['train_runtime']:.0f} s")
-    assert last[key] < first[key]
+    # The embedded checkpoint was trained on that text with the recipe: there is little to gain,
+    # and nothing must be lost.
+    limit = 1.02 if name == "continual_pretraining" else 0.95
+    assert last[key] < limit * first[key]

@@ -180,6 +180,10 @@ def make_arguments(config: TrainConfig) -> TrainingArguments:
         check_arguments(args)
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"training: {error}") from None
+    if args.fsdp and args.device.type == "cpu":
+        raise UserError(
+            "training.fsdp needs GPUs: on a CPU accelerate would ignore it. Leave it out."
+        )
     if args.eval_strategy != "no" and config.data.eval is None:
         raise UserError(
             f"training.eval_strategy={str(args.eval_strategy)!r} needs data.eval. Name texts to "
