@@ -338,8 +338,7 @@ def test_missing_weights_are_no_random_exits(tmp_path, texts, capsys):
 
 
 @pytest.mark.parametrize("config", ["gemma2", "granite"])
-def test_capped_and_scaled_logits_are_the_models_own_or_refused(config, tmp_path, texts, capsys):
-    """Never scored silently by another head than the model's."""
+def test_capped_and_scaled_logits_are_the_models_own(config, tmp_path, texts):
     configs = {
         "gemma2": Gemma2Config(**SHAPE, final_logit_softcapping=2.0, tie_word_embeddings=True),
         "granite": GraniteConfig(**SHAPE, logits_scaling=4.0),
@@ -347,10 +346,7 @@ def test_capped_and_scaled_logits_are_the_models_own_or_refused(config, tmp_path
     folder = _save(configs[config], tmp_path / "m")
     _save_tokenizer(folder)
     stored = tmp_path / "r.json"
-    status = _eval("--model", folder, "--data", texts, "--seq-len", 32, "--json", stored)
-    if status == 2:
-        assert "are not those of its final norm and LM head" in capsys.readouterr().err
-        return
+    assert _eval("--model", folder, "--data", texts, "--seq-len", 32, "--json", stored) == 0
     model = AutoModelForCausalLM.from_pretrained(folder).double().eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     stream = encode(tokenizer, read_documents([str(texts)], "text"), "document", None).token_ids
@@ -361,6 +357,28 @@ def test_capped_and_scaled_logits_are_the_models_own_or_refused(config, tmp_path
         assert score["perplexity"] == pytest.approx(perplexity, rel=1e-4)
         assert score["accuracy"] == pytest.approx(accuracy)
         assert score["agreement"] == pytest.approx(agreement)
+
+
+def test_another_head_than_the_models_is_refused(checkpoints, texts, monkeypatch, capsys):
+    from vllm_layerskip.training import evaluate
+
+    exit_logits = evaluate.exit_logits
+    monkeypatch.setattr(evaluate, "exit_logits", lambda *args: 1.01 * exit_logits(*args))
+    assert _eval("--model", checkpoints / "one", "--data", texts) == 2
+    assert "are not those of its final norm and LM head" in capsys.readouterr().err
+
+
+def test_a_model_without_layers_and_norm_is_refused(tmp_path, texts, capsys):
+    from transformers import GPTNeoXConfig
+
+    config = GPTNeoXConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    folder = _save(config, tmp_path / "m")
+    _save_tokenizer(folder)
+    assert _eval("--model", folder, "--data", texts) == 2
+    assert "GPTNeoXForCausalLM has no model.layers" in capsys.readouterr().err
 
 
 def test_from_json_measures_nothing(tmp_path, capsys):

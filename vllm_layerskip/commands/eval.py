@@ -346,6 +346,8 @@ def load_model(name: str, dtype: str, device: str, trust_remote_code: bool = Fal
     import torch
     from transformers import AutoModelForCausalLM
 
+    from vllm_layerskip.training.exits import check_decoder
+
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             name,
@@ -360,12 +362,10 @@ def load_model(name: str, dtype: str, device: str, trust_remote_code: bool = Fal
             f"{name}: {len(missing)} weights are missing, {missing[0]} first. Give a complete "
             "checkpoint."
         )
-    decoder = getattr(model, "model", None)
-    if not all(hasattr(decoder, part) for part in ("layers", "norm")):
-        raise UserError(
-            f"{name}: {type(model).__name__} has no model.layers and model.norm, so its exits "
-            "cannot be found. Give a dense decoder such as a Llama, Mistral, Qwen2 or Qwen3."
-        )
+    try:
+        check_decoder(model)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
     return model.to(device).eval()
 
 
