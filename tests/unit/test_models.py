@@ -7,6 +7,7 @@ late or does not say why, and documentation that has fallen behind.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import transformers
 from vllm_layerskip import host, models
 from vllm_layerskip.models import SUPPORTED_ARCHITECTURES, register_architecture
 from vllm_layerskip.models.__main__ import BEGIN, END, table, with_table
+from vllm_layerskip.models.select import select_model
 
 REQUEST = {"method": "layerskip", "exit_layer": 2, "num_speculative_tokens": 3}
 DOCS = Path(__file__).parents[2] / "docs"
@@ -232,11 +234,20 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_model_that_layerskip_cannot_run_is_refused(config_of, name):
+    if name.startswith("multimodal"):
+        pytest.importorskip("torchvision", reason="vLLM's image models import it")
     config_class, architecture, options, settings, says = REFUSED[name]
     with pytest.raises(ValueError, match="LayerSkip does not support the model") as error:
         config_of(config_class, architecture, REQUEST | {"exit_layer": 1}, settings, **options)
     for words in (*says, "Supported: ", "LlamaForCausalLM", "docs/models.md", "Use another"):
         assert words in str(error.value)
+
+
+def test_a_multimodal_model_is_refused_without_its_image_library(engine_config):
+    model_config = copy.copy(engine_config().model_config)
+    model_config.multimodal_config = object()  # What vLLM goes by.
+    with pytest.raises(ValueError, match="it is a multimodal model, and LayerSkip runs text"):
+        select_model(model_config)
 
 
 def test_a_pooling_model_is_refused(config_of):
