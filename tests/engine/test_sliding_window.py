@@ -98,7 +98,18 @@ def has_window(engine, layer: int) -> bool:
     return attn.sliding_window is not None
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "uniform",
+        "interleaved",
+        "early-window-only",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("uniform-layer-types", "uniform-fused", "early-full-only")
+        ),
+    ],
+)
 def test_generation_past_the_window(pool: EnginePool, checkpoint_of, name):
     model, exit_layer = checkpoint_of(name)
     settings = {"block_size": BLOCK_SIZE}
@@ -121,13 +132,12 @@ def test_generation_past_the_window(pool: EnginePool, checkpoint_of, name):
     engine.vllm_config.speculative_config.reuse_exit_states = True
 
 
-@pytest.mark.parametrize(("name", "num_blocks"), [("uniform", 7), ("interleaved", 16)])
-def test_preempted_requests(pool, checkpoint_of, name, num_blocks):
-    model, exit_layer = checkpoint_of(name)
+def test_preempted_requests(pool, checkpoint_of):
+    model, exit_layer = checkpoint_of("interleaved")
     roomy = {"block_size": BLOCK_SIZE, "enable_prefix_caching": False, "max_model_len": 192}
     plain = pool.get(model, **roomy)
     expected = [plain.greedy([prompt], max_tokens=70)[0] for prompt in PROMPTS]
-    tight = {**roomy, "num_gpu_blocks_override": num_blocks}
+    tight = {**roomy, "num_gpu_blocks_override": 16}
     engine = pool.layerskip(model, exit_layer, 4, **tight)
     with engine.counting() as counts:
         assert engine.greedy(PROMPTS, max_tokens=70) == expected
@@ -147,7 +157,7 @@ def cached_tokens(engine, prompts, max_tokens):
     return results
 
 
-@pytest.mark.parametrize("name", ["uniform", "interleaved"])
+@pytest.mark.parametrize("name", [pytest.param("uniform", marks=pytest.mark.slow), "interleaved"])
 def test_prefix_cache(pool, checkpoint_of, name):
     """Hits equal plain vLLM's, also on blocks that were filled while drafting."""
     model, exit_layer = checkpoint_of(name)
@@ -170,7 +180,7 @@ def test_prefix_cache(pool, checkpoint_of, name):
     assert all(hits[1:])
 
 
-@pytest.mark.parametrize("name", ["uniform", "interleaved"])
+@pytest.mark.parametrize("name", [pytest.param("uniform", marks=pytest.mark.slow), "interleaved"])
 def test_chunked_prefill(pool, checkpoint_of, name):
     model, exit_layer = checkpoint_of(name)
     settings = {"max_num_batched_tokens": 48, "enable_prefix_caching": False}
@@ -193,7 +203,9 @@ def tapes():
 
 
 @pytest.mark.skipif(ON_GPU, reason="on a GPU every engine here has its graphs")
-@pytest.mark.parametrize("name", ["interleaved", "early-window-only"])
+@pytest.mark.parametrize(
+    "name", ["interleaved", pytest.param("early-window-only", marks=pytest.mark.slow)]
+)
 def test_graphs_refresh_every_kv_cache_group(pool, checkpoint_of, tapes, monkeypatch, name):
     """Draft and verify graphs with two groups, for a batch of two and for a padded one."""
     model, exit_layer = checkpoint_of(name)
