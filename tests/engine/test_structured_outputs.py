@@ -95,17 +95,19 @@ def ask(engine, prompts, constraint, max_tokens=80):
 def test_every_output_fits_and_is_plain_vllms(pool, checkpoint, prompts, backend, async_scheduling):
     engine = pool.layerskip(checkpoint, 3, 5, **settings(backend, async_scheduling))
     plain = pool.get(checkpoint, **settings(backend))
-    num_forbidden = 0
-    for constraint, fits in BACKENDS[backend].values():
+    accepted, num_forbidden = {}, 0
+    for name, (constraint, fits) in BACKENDS[backend].items():
         with engine.counting() as counts, RecordedInputs(engine) as inputs:
             answers = ask(engine, prompts, constraint)
         assert answers == ask(plain, prompts, constraint)
         assert all(fits(text) for _, text in answers)
-        counts.assert_speculated()
         inputs.assert_token_ids()
-        full = 5 * counts.num_drafts
-        num_forbidden += full - counts.num_draft_tokens
+        assert counts.num_accepted_tokens <= counts.num_draft_tokens
+        accepted[name] = counts.num_accepted_tokens
+        num_forbidden += 5 * counts.num_drafts - counts.num_draft_tokens
     assert num_forbidden > 0, "no draft was forbidden: nothing was tested"
+    # Of some grammars the backend allows no token that the checkpoint would draft.
+    assert sum(accepted.values()) > 20, f"accepted drafts: {accepted}"
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
