@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import load_reference
+from checkpoints import load_reference, random_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
@@ -248,12 +248,14 @@ def test_the_compiled_model_serves_the_same_tokens(pool, checkpoint, prompts):
 
 
 @pytest.mark.slow
-def test_vllm_bench_and_serve_take_the_flag(checkpoint):
+def test_vllm_bench_and_serve_take_the_flag(checkpoint, tmp_path):
     vllm = Path(sys.executable).with_name("vllm")
     flags = ["--dtype", "float32", "--max-model-len", "128", "--enforce-eager"]
     bench = subprocess.run(
         [
-            vllm, "bench", "latency", "--model", checkpoint, *flags,
+            # Its prompts are ids below 10000.
+            vllm, "bench", "latency", "--model", random_llama(tmp_path / "m", vocab_size=10_000),
+            "--skip-tokenizer-init", *flags,
             "--kv-cache-memory-bytes", str(16 << 20),
             "--early-exit-layer", str(EXIT_LAYER),
             "--input-len", "8", "--output-len", "4", "--batch-size", "1",
@@ -264,7 +266,7 @@ def test_vllm_bench_and_serve_take_the_flag(checkpoint):
     )  # fmt: skip
     log = bench.stdout + bench.stderr
     assert bench.returncode == 0, log[-6000:]
-    assert log.count("LayerSkip early exit: layers 0..2 of 12") == 1
+    assert log.count("LayerSkip early exit: layers 0..2 of 4") == 1
     refused = subprocess.run(
         [
             vllm, "serve", checkpoint, *flags,

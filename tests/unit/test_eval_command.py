@@ -4,6 +4,7 @@ twice or not at all, and mistakes of a user that end in a traceback."""
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
+import vllm_layerskip
 from vllm_layerskip import cli
 from vllm_layerskip.commands import UserError
 from vllm_layerskip.training import evaluation_data, evaluation_report
@@ -398,3 +400,24 @@ def test_the_stdlib_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setattr(evaluation_data, "load_stdlib", missing)
     with pytest.raises(UserError, match="--data stdlib: No Python sources"):
         read_documents(["stdlib"], "text")
+
+
+DOCS = Path(__file__).parents[2] / "docs"
+MODEL = Path(vllm_layerskip.__file__).parent / "checkpoint"
+
+
+def test_the_documented_table_is_the_stored_result():
+    result = evaluation_report.read_json(DOCS / "data" / "eval-embedded.json")
+    page = (DOCS / "evaluation.md").read_text()
+    assert evaluation_report.markdown(result) in page
+    assert evaluation_report.summary(result) in page
+
+
+def test_the_stored_result_scores_the_checkpoint_that_ships():
+    """The card scored the same text, its last, incomplete window aside."""
+    result = evaluation_report.read_json(DOCS / "data" / "eval-embedded.json")
+    card = json.loads((MODEL / "scores.json").read_text())["layerskip"]["exits"]
+    (model,) = (model for model in result["models"] if model["label"] == "LayerSkip")
+    for score, expected in zip(model["exits"], card, strict=True):
+        assert score["accuracy"] == pytest.approx(expected["accuracy"], abs=2e-3)
+        assert score["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-2)
