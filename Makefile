@@ -17,8 +17,9 @@ DEMO_STAMP := $(if $(GPU),$(GPU_STAMP),$(CPU_STAMP))
 demo: $(DEMO_STAMP)
 	$(if $(GPU),,TRITON_INTERPRET=1) $(VENV)/bin/python examples/demo.py
 
+# Two processes: an engine of the tests keeps one core busy, with Python and the interpreter.
 test: $(CPU_STAMP)
-	TRITON_INTERPRET=1 $(CPU_VENV)/bin/python -m pytest
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(CPU_VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 quality: $(CPU_STAMP)
 	$(CPU_VENV)/bin/ruff check .

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from test_serve import MODEL_NAME, Server
+from servers import MODEL_NAME, Server
 from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
 

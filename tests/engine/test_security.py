@@ -73,7 +73,7 @@ def test_pickled_weights_do_not_run(pool, checkpoint, tmp_path):
 
 @pytest.mark.slow
 def test_a_server_listens_where_plain_vllm_does(checkpoint, tmp_path):
-    from test_serve import Server
+    from servers import Server
 
     listening = []
     for name, flags in (

@@ -267,17 +267,17 @@ class LayerSkipForCausalLM(ExitHead, Decoder, nn.Module):
         )
 
 
-class EmbeddingHead:
+class EmbeddingHead(nn.Module):
     """Mixin before ``LayerSkipForCausalLM`` for a model that has no LM head of its own and
     takes its embedding for one."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         # The same module under the name that a draft vocabulary's head takes.
-        self.lm_head = self.model.embed_tokens  # type: ignore[attr-defined]
+        self.lm_head = self.model.embed_tokens
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        return self.logits_processor(self.lm_head, hidden_states)  # type: ignore[attr-defined]
+        return self.logits_processor(self.lm_head, hidden_states)
 
 
 def _late_stage_inputs(vllm_config: VllmConfig) -> torch.Tensor:

@@ -159,9 +159,13 @@ def greedy_draft_matches(
         (which does not stop at the end-of-sequence token).
     """
     prompts = prompts.to(model.device)
-    # No end-of-sequence token: `min_new_tokens` would bar it from being chosen instead.
+    # A token that no model says ends it: in place of None transformers puts the model's own, and
+    # `min_new_tokens` would bar that one from being chosen.
     generation = GenerationConfig(
-        max_new_tokens=num_new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+        max_new_tokens=num_new_tokens,
+        do_sample=False,
+        eos_token_id=[model.config.vocab_size],
+        pad_token_id=0,
     )
     sequences = model.generate(
         prompts, attention_mask=torch.ones_like(prompts), generation_config=generation
