@@ -79,7 +79,6 @@ REFUSED: tuple[Setting, ...] = (
         "weights are prefetched in the order of a whole forward, and a draft pass ends early",
         (0,),
     ),
-    Setting("model_impl", "the two stages exist for vLLM's own model classes", ("auto", "vllm")),
     Setting(
         "model_class_overrides",
         "LayerSkip sets the model class of this engine itself",

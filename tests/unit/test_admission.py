@@ -30,7 +30,6 @@ USES: dict[str, list[tuple[dict[str, Any], str]]] = {
     "kv_offloading_size": [({"kv_offloading_size": 0.5}, "0.5")],
     "cpu_offload_gb": [({"cpu_offload_gb": 1}, "1")],
     "offload_group_size": [({"offload_group_size": 4}, "4")],
-    "model_impl": [({"model_impl": "transformers"}, "'transformers'")],
     "model_class_overrides": [
         # vLLM has registered it by then, for the whole process.
         (
