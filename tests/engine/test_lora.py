@@ -14,6 +14,7 @@ import pytest
 from adapters import ALL_MODULES, LAYER_MODULES, random_adapter
 from checkpoints import random_llama
 from engines import ON_GPU
+from families import random_checkpoint
 from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
@@ -77,6 +78,28 @@ def test_adapters_and_base_mixed_in_one_batch(pool, checkpoint, prompts, adapter
         assert tokens == [expected[i] for i in order]
         counts.assert_speculated()
         assert counts.num_verify_steps_reused == 0
+
+
+@pytest.mark.skipif(ON_GPU, reason="tokens of bfloat16 depend on batch shapes")
+@pytest.mark.parametrize("architecture", ["Qwen3ForCausalLM", "Gemma2ForCausalLM"])
+def test_adapters_of_other_families(pool, tmp_path, architecture):
+    """Gemma 2 takes its embedding for an LM head."""
+    checkpoint = random_checkpoint(tmp_path / "model", architecture)
+    modules = {"one": LAYER_MODULES, "two": LAYER_MODULES}
+    adapters = make_adapters(checkpoint, tmp_path, modules, gain=0.1)
+    requests = [
+        ([0, *range(3, 3 + length)], adapter, 24)
+        for length in (4, 21)
+        for adapter in (None, *adapters)
+    ]
+    plain = pool.get(checkpoint, **LORA)
+    expected = [generate(plain, [request])[0] for request in requests]
+    for base, *adapted in (expected[:3], expected[3:]):
+        assert all(tokens != base for tokens in adapted), "the adapter changes nothing"
+    ours = pool.layerskip(checkpoint, 2, 3, **LORA)
+    with ours.counting() as counts:
+        assert generate(ours, requests) == expected
+    counts.assert_speculated()
 
 
 def test_drafts_and_verification_have_the_same_adapter(pool, tmp_path):

@@ -272,7 +272,7 @@ class EmbeddingHead(nn.Module):
     takes its embedding for one."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         # The same module under the name that a draft vocabulary's head takes.
         self.lm_head = self.model.embed_tokens
 
