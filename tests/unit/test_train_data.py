@@ -230,7 +230,7 @@ def test_shorter_samples_are_padded_without_a_loss():
         ("a.txt", b"\xff\xfe\x00", "a.txt is no UTF-8 text. Convert it or leave it out"),
         ("a.txt", b"", "data.train: it holds less than data.seq_len=16 tokens"),
         ("a.jsonl", b'{"messages": [{"content": "x"}]}\n', "line 1: the chat template refuses"),
-        (None, b"", "data.train.files: there is no text in"),
+        (None, b"", "there is no text file in it"),
     ],
 )
 def test_unusable_files_are_named(tokenizer, tmp_path, name, content, expected):
@@ -241,7 +241,7 @@ def test_unusable_files_are_named(tokenizer, tmp_path, name, content, expected):
 
 
 def test_missing_sources_are_named(tokenizer, tmp_path):
-    with pytest.raises(UserError, match="data.train.files: .*none is no file and no folder"):
+    with pytest.raises(UserError, match="data.train.files .*none: there is no such file or folder"):
         load(tokenizer, [tmp_path / "none"])
     source = Source(dataset=str(tmp_path / "none"))
     with pytest.raises(UserError, match="data.train.dataset: .*could not be loaded"):

@@ -9,8 +9,6 @@ and each one that the model writes ends a run of accepted drafts.
 from __future__ import annotations
 
 import argparse
-import codecs
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +17,7 @@ from typing import Any
 
 from vllm_layerskip.commands import UserError
 from vllm_layerskip.draft_vocab import write_token_ids
+from vllm_layerskip.text_files import jsonl_text, text_files
 
 PASSAGE_CHARS = 20_000
 """Texts are cut at line ends into passages of about this size."""
@@ -47,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    files = corpus_files(args.corpus)
+    files = text_files(args.corpus, "--corpus")
     if args.output.is_dir() or not args.output.parent.is_dir():
         raise UserError(f"--output {args.output} must be a file in a folder that exists.")
     tokenizer, vocab_size, always = load_tokenizer(args.model)
@@ -79,44 +78,6 @@ class TokenCounts:
         held_out = self.num_passages % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1
         (self.held_out if held_out else self.counted).update(token_ids)
         self.num_passages += 1
-
-
-def corpus_files(paths: Sequence[Path], option: str = "--corpus") -> list[Path]:
-    """The text files, in a fixed order.
-
-    Args:
-        option: the command line's name for ``paths``.
-
-    Raises:
-        UserError: a path does not exist, or there is no text file at all.
-    """
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            visible = (file for file in sorted(path.rglob("*")) if _is_visible(file, path))
-            files += [file for file in visible if _begins_as_text(file)]
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise UserError(f"{option} {path}: there is no such file or folder.")
-    if not files:
-        raise UserError(f"{option} {' '.join(map(str, paths))}: there is no text file in it.")
-    return files
-
-
-def _is_visible(file: Path, folder: Path) -> bool:
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return file.is_file() and not hidden
-
-
-def _begins_as_text(file: Path) -> bool:
-    with file.open("rb") as content:
-        beginning = content.read(8192)
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(beginning)
-    except UnicodeDecodeError:
-        return False
-    return b"\0" not in beginning
 
 
 def load_tokenizer(model: str) -> tuple[Any, int, list[int]]:
@@ -192,25 +153,6 @@ def _texts(file: Path, text_field: str) -> Iterator[str]:
             if line.strip():
                 text = jsonl_text(line, f"--corpus {file}, line {number}", text_field)
                 yield text if text.endswith("\n") else f"{text}\n"
-
-
-def jsonl_text(line: str, where: str, text_field: str) -> str:
-    """The text of a line of a .jsonl file.
-
-    Raises:
-        UserError: it has none.
-    """
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: this is no JSON ({error}).") from None
-    text = value.get(text_field) if isinstance(value, dict) else value
-    if not isinstance(text, str):
-        raise UserError(
-            f"{where}: there is no text. Each line must be a JSON string, or an object with the "
-            f"text in {text_field!r} (--text-field)."
-        )
-    return text
 
 
 def _passages(texts: Iterator[str]) -> Iterator[str]:

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +25,7 @@ from datasets.exceptions import DatasetGenerationError  # type: ignore[import-un
 from transformers import PreTrainedTokenizerBase
 
 from vllm_layerskip.commands import UserError
+from vllm_layerskip.text_files import json_value, text_files
 from vllm_layerskip.training.config import DataConfig, Source
 from vllm_layerskip.training.corpus import load_stdlib
 from vllm_layerskip.training.loss import IGNORED
@@ -127,51 +126,13 @@ def _open_files(paths: Sequence[str], data: DataConfig, key: str) -> Records:
     return Records(repr(stats), read)
 
 
-def text_files(paths: Sequence[str], key: str) -> list[Path]:
-    """Files, and the visible text files of folders, in a fixed order.
-
-    Raises:
-        UserError: a path does not exist, or there is no file at all.
-    """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = (file for file in sorted(path.rglob("*")) if file.is_file())
-            visible = (
-                file
-                for file in inside
-                if not any(part.startswith(".") for part in file.relative_to(path).parts)
-            )
-            files += [file for file in visible if _begins_as_text(file)]
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise UserError(f"{key}: {path} is no file and no folder. Correct the path.")
-    if not files:
-        raise UserError(f"{key}: there is no text in {', '.join(paths)}. Give files with text.")
-    return files
-
-
-def _begins_as_text(file: Path) -> bool:
-    with file.open("rb") as content:
-        beginning = content.read(8192)
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(beginning)
-    except UnicodeDecodeError:
-        return False
-    return b"\0" not in beginning
-
-
 def _read_jsonl(file: Path, data: DataConfig, key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             where = f"{key}: {file}, line {number}"
-            try:
-                value = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{where}: this is no JSON ({error}).") from None
+            value = json_value(line, where)
             yield where, {data.text_field: value} if isinstance(value, str) else value
 
 

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from vllm_layerskip.commands import UserError
-from vllm_layerskip.commands.draft_vocab import corpus_files, jsonl_text
+from vllm_layerskip.text_files import jsonl_text, text_files
 from vllm_layerskip.training.corpus import load_stdlib
 
 STDLIB = "stdlib"
@@ -87,7 +87,7 @@ def _held_out_modules() -> Iterator[Document]:
 
 
 def _of_files(path: Path, text_field: str) -> Iterator[Document]:
-    for file in corpus_files([path], OPTION):
+    for file in text_files([path], OPTION):
         try:
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError:
