@@ -8,17 +8,14 @@ another, and a worker that dies in the middle of a draft and leaves wrong tokens
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from engines import ENGINE_DEFAULTS
+from processes import HERE, python_path, run_script
 
-HERE = Path(__file__).parent
 MAX_TOKENS = 24
 SPEC = {"method": "layerskip", "exit_layer": 3, "num_speculative_tokens": 5}
 TWO_PLACES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
@@ -34,23 +31,13 @@ def run_with(
 ) -> list[dict]:
     """The results of all processes that the launcher starts."""
     request = {"engine": {**ENGINE_DEFAULTS, "speculative_config": SPEC, **engine}, **request}
-    path = [str(HERE), os.environ.get("PYTHONPATH", "")]
-    process = subprocess.run(
-        [*launcher, str(HERE / script), json.dumps(request)],
-        env={
-            **os.environ,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, path)),
-            **environment,
-        },
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
+    results, _ = run_script(
+        script,
+        json.dumps(request),
+        environment={**python_path(HERE), **environment},
+        launcher=launcher,
     )
-    lines = [line for line in process.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, process.stdout[-6000:] + process.stderr[-6000:]
-    return [json.loads(line.removeprefix("RESULT ")) for line in lines]
+    return results
 
 
 def assert_two_ranks_speculated(result: dict) -> None:
@@ -163,9 +150,7 @@ def test_two_ranks_under_rays_executor(pool, checkpoint, prompts, executor):
             "distributed_executor_backend": "ray",
         },
         {
-            "PYTHONPATH": os.pathsep.join(
-                [str(HERE), str(HERE / "ray_on_cpu"), os.environ.get("PYTHONPATH", "")]
-            ),
+            **python_path(HERE, HERE / "ray_on_cpu"),
             # The engine in the driver's process, beside the cluster that it starts.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_USE_RAY_V2_EXECUTOR_BACKEND": str(int(executor == "RayExecutorV2")),

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import load_reference, random_llama
+from processes import run_script
 from transformers import AutoConfig, AutoModelForCausalLM
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
@@ -184,33 +185,19 @@ def test_every_family_is_cut_by_vllms_own_class(pool, tmp_path_factory, architec
 
 def generate_from_flags(checkpoint, prompts, *flags, **environment):
     """``(tokens, log)`` of an engine in processes of its own, set up by flags."""
-    process = subprocess.run(
-        [
-            sys.executable, Path(__file__).with_name("generate_from_flags.py"),
-            json.dumps(prompts), str(NUM_TOKENS),
-            "--model", checkpoint,
-            "--dtype", "float32",
-            "--max-model-len", "256",
-            "--max-num-seqs", "4",
-            "--kv-cache-memory-bytes", str(16 << 20),
-            "--enforce-eager",
-            *flags,
-        ],
-        env={
-            **os.environ,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-            "VLLM_LOGGING_LEVEL": "INFO",
-            **environment,
-        },
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
+    (tokens,), log = run_script(
+        "generate_from_flags.py",
+        json.dumps(prompts), str(NUM_TOKENS),
+        "--model", str(checkpoint),
+        "--dtype", "float32",
+        "--max-model-len", "256",
+        "--max-num-seqs", "4",
+        "--kv-cache-memory-bytes", str(16 << 20),
+        "--enforce-eager",
+        *flags,
+        environment={"VLLM_LOGGING_LEVEL": "INFO", **environment},
     )  # fmt: skip
-    log = process.stdout + process.stderr
-    lines = [line for line in process.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, log[-9000:]
-    return json.loads(lines[0].removeprefix("RESULT ")), log
+    return tokens, log
 
 
 def test_two_ranks_serve_the_same_tokens(pool, checkpoint, prompts):

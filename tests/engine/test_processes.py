@@ -8,14 +8,11 @@ loaded there, and ranks that draft different tokens (pitfalls T17).
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from engines import ENGINE_DEFAULTS
 from features import FEATURES, SAMPLED, sampling_params
+from processes import run_script
 
 MAX_TOKENS = 24
 
@@ -31,17 +28,10 @@ def generate(checkpoint, prompts, environment, features=(), **engine):
         "max_tokens": MAX_TOKENS,
         "features": list(features),
     }
-    process = subprocess.run(
-        [sys.executable, Path(__file__).with_name("generate_in_process.py"), json.dumps(request)],
-        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
+    (result,), _ = run_script(
+        "generate_in_process.py", json.dumps(request), environment=environment
     )
-    lines = [line for line in process.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, process.stdout[-3000:] + process.stderr[-6000:]
-    return json.loads(lines[0].removeprefix("RESULT "))
+    return result
 
 
 TWO_RANKS = (

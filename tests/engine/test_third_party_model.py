@@ -7,10 +7,7 @@ Catches a registration that does not reach vLLM's engine process, and a recipe t
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -18,6 +15,7 @@ import pytest
 from checkpoints import with_config
 from engines import ENGINE_DEFAULTS
 from families import random_checkpoint
+from processes import python_path, run_script
 
 RECIPE = Path(__file__).parents[2] / "docs" / "adding-an-architecture.md"
 PROMPTS = [[0, *range(3, 3 + length)] for length in (4, 21, 40)]
@@ -59,18 +57,10 @@ def generate(site: Path, model: Path, speculative_config: dict | None) -> dict:
         "prompts": PROMPTS,
         "max_tokens": MAX_TOKENS,
     }
-    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
-    process = subprocess.run(
-        [sys.executable, Path(__file__).with_name("generate_in_process.py"), json.dumps(request)],
-        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
+    (result,), _ = run_script(
+        "generate_in_process.py", json.dumps(request), environment=python_path(site)
     )
-    lines = [line for line in process.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, process.stdout[-3000:] + process.stderr[-6000:]
-    return json.loads(lines[0].removeprefix("RESULT "))
+    return result
 
 
 def test_the_recipe(pool, site, tmp_path, monkeypatch):
