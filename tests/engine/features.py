@@ -28,7 +28,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "bad_words": {"bad_words": [" the", " of", ".", ":", "?"]},
     "min_tokens": {"min_tokens": 20, "stop_token_ids": list(range(260, 360))},
     "allowed_token_ids": {"allowed_token_ids": list(range(20, 200))},
-    "stop_token_ids": {"stop_token_ids": list(range(260, 290))},
+    # Seven to fourteen tokens into the answers, so that something is drafted before the stop.
+    "stop_token_ids": {"stop_token_ids": [28, 618]},
     "stop": {"stop": ["the", "self", "in"]},
     "logprobs": {"logprobs": 3},
     "prompt_logprobs": {"prompt_logprobs": 2},
