@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_layerskip.tuning.cells import PLAIN, Row, load_rows
+from vllm_layerskip.tuning.cells import PLAIN, Row, least_disturbed, load_rows
 from vllm_layerskip.tuning.tune import CELLS_FILE
 
 TOLERANCE = 0.10
@@ -73,7 +73,7 @@ def compare(report: dict[str, Any], rows: Iterable[Row]) -> list[Comparison]:
     Raises:
         ValueError: the sweep lacks a cell of the report's grid.
     """
-    by_cell = {(row.cell, row.batch_size): row for row in rows}
+    by_cell = least_disturbed(rows)
     grid, comparisons = report["grid"], []
     cells = [(e, k) for e in grid["exit_layers"] for k in grid["num_speculative_tokens"]]
     for batch_size in grid["batch_sizes"]:

@@ -125,3 +125,24 @@ def test_outputs_are_compared_prompt_by_prompt():
     assert num_equal_outputs(plain, plain) == (3, 3)
     other = replace(ROW, outputs=" ".join([digests[0], output_digest([4]), digests[2]]))
     assert num_equal_outputs(other, plain) == (2, 3)
+
+
+def test_rounds_take_turns_and_the_fastest_counts(tmp_path):
+    path, order = tmp_path / "cells.csv", []
+    speeds = {PLAIN: [10.0, 9.0, 11.0], (3, 5): [12.0, 20.0, 15.0]}
+
+    def measure(cells):
+        for cell in cells:
+            speed = speeds[cell][order.count(cell)]
+            order.append(cell)
+            yield replace(
+                ROW, exit_layer=cell[0], num_speculative_tokens=cell[1], tokens_per_s=speed
+            )
+
+    measured = MeasuredCells(path, "s1", [1], rounds=3)
+    measured.measure([PLAIN, (3, 5)], measure)
+    assert order == [PLAIN, (3, 5)] * 3
+    assert measured.speedups(Grid((3,), (5,), (1,))) == {(3, 5, 1): pytest.approx(20 / 11)}
+    more = MeasuredCells(path, "s1", [1], rounds=4)
+    assert not more.missing([PLAIN, (3, 5)], 3)
+    assert more.missing([PLAIN, (3, 5)], 4) == [PLAIN, (3, 5)]

@@ -92,6 +92,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Runs of each cell, of which the median counts. Default: 3.",
     )  # fmt: skip
     work.add_argument(
+        "--rounds", type=int, default=1, metavar="N",
+        help="Measure each cell N times, all cells in turn, and take its fastest round: for "
+        "machines that others share. Default: 1.",
+    )  # fmt: skip
+    work.add_argument(
         "--cells-per-process", type=int, default=1, metavar="N",
         help="Engines that one process starts in turn. Default: 1, which leaves nothing behind.",
     )  # fmt: skip
@@ -148,6 +153,7 @@ class Plan:
     identity: Mapping[str, Any]
     num_too_long: int
     num_measured: int
+    rounds: int
     roofline: RooflineCosts | None
     cells_per_process: int
     generator: str
@@ -178,6 +184,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         "max_prompt_tokens",
         "max_tokens",
         "repeats",
+        "rounds",
         "cells_per_process",
     ):
         if getattr(args, option) < 1:
@@ -250,6 +257,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         identity=identity,
         num_too_long=encoded.num_too_long,
         num_measured=num_measured,
+        rounds=args.rounds,
         roofline=roofline,
         cells_per_process=args.cells_per_process,
         generator=args.generator or ("transformers" if roofline else "vllm"),
@@ -271,8 +279,8 @@ def execute(plan: Plan) -> Result:
 
     agreement = _agreement(plan)
     measured = MeasuredCells(
-        plan.results / CELLS_FILE, plan.job.settings, plan.grid.batch_sizes
-    )  # fmt: skip
+        plan.results / CELLS_FILE, plan.job.settings, plan.grid.batch_sizes, plan.rounds
+    )
 
     def measure_cells(cells: Sequence[tuple[int, int]]) -> Iterator[Row]:
         job = replace(plan.job, cells=tuple(cells))

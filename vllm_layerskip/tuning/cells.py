@@ -121,6 +121,21 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
         os.fsync(file.fileno())
 
 
+def least_disturbed(rows: Iterable[Row]) -> dict[tuple[tuple[int, int], int], Row]:
+    """Of each cell and batch size the fastest row, by ((E, K), batch size).
+
+    A cell decodes the same steps in every round, and whatever else a machine does only slows them
+    down. On a shared machine such a disturbance lasts for seconds to minutes, so it is the round as
+    a whole that is disturbed or not, and the fastest one says most about the cell.
+    """
+    fastest: dict[tuple[tuple[int, int], int], Row] = {}
+    for row in rows:
+        key = (row.cell, row.batch_size)
+        if key not in fastest or row.tokens_per_s > fastest[key].tokens_per_s:
+            fastest[key] = row
+    return fastest
+
+
 def num_equal_outputs(row: Row, plain: Row) -> tuple[int, int]:
     """How many prompts' outputs equal plain decoding's, and of how many."""
     pairs = list(zip(row.outputs.split(), plain.outputs.split(), strict=True))

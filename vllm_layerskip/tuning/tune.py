@@ -11,6 +11,7 @@ Statistics and rows stay in the results folder; a run that is started again goes
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 from vllm_layerskip.commands import UserError
 from vllm_layerskip.tuning.agreement import Agreement
-from vllm_layerskip.tuning.cells import PLAIN, Row, append_rows, load_rows
+from vllm_layerskip.tuning.cells import PLAIN, Row, append_rows, least_disturbed, load_rows
 from vllm_layerskip.tuning.costs import (
     Costs,
     FittedCosts,
@@ -82,46 +83,65 @@ class Result:
 
 
 class MeasuredCells:
-    """The results folder's rows of one digest; measures what is missing."""
+    """The results folder's rows of one digest; measures what is missing.
 
-    def __init__(self, path: Path, settings: str, batch_sizes: Sequence[int]) -> None:
+    Args:
+        rounds: how often each cell is measured. All cells have their turn in a round before the
+            next one begins, so that they meet the same disturbances.
+    """
+
+    def __init__(
+        self, path: Path, settings: str, batch_sizes: Sequence[int], rounds: int = 1
+    ) -> None:
         self.path, self.settings, self.batch_sizes = path, settings, batch_sizes
-        rows = [row for row in load_rows(path) if row.settings == settings]
-        # Of a cell that was measured twice, its newest row.
-        self.rows = {(row.cell, row.batch_size): row for row in rows}
+        self.rounds = rounds
+        self.all_rows = [row for row in load_rows(path) if row.settings == settings]
 
-    def missing(self, cells: Iterable[Cell]) -> list[Cell]:
+    @property
+    def rows(self) -> dict[tuple[Cell, int], Row]:
+        """By ((E, K), batch size)."""
+        return least_disturbed(self.all_rows)
+
+    def missing(self, cells: Iterable[Cell], num_rounds: int = 1) -> list[Cell]:
+        """Cells with fewer than ``num_rounds`` rows at a batch size."""
+        seen = Counter((row.cell, row.batch_size) for row in self.all_rows)
         return [
             cell
             for cell in dict.fromkeys(cells)
-            if any((cell, batch_size) not in self.rows for batch_size in self.batch_sizes)
+            if any(seen[cell, batch_size] < num_rounds for batch_size in self.batch_sizes)
         ]
 
     def measure(self, cells: Iterable[Cell], measure_cells: MeasureCells) -> None:
         """Have all of ``cells`` in the file; a row is in it as soon as it is measured."""
-        for row in measure_cells(missing) if (missing := self.missing(cells)) else ():
-            if row.settings != self.settings:
-                raise ValueError(f"A row of {row.settings} among those of {self.settings}.")
-            append_rows(self.path, [row])
-            self.rows[row.cell, row.batch_size] = row
+        cells = list(cells)
+        for num_rounds in range(1, self.rounds + 1):
+            for row in (
+                measure_cells(missing) if (missing := self.missing(cells, num_rounds)) else ()
+            ):
+                if row.settings != self.settings:
+                    raise ValueError(f"A row of {row.settings} among those of {self.settings}.")
+                append_rows(self.path, [row])
+                self.all_rows.append(row)
 
     def plain_s(self) -> dict[int, float]:
-        return {size: self.rows[PLAIN, size].step_ms / 1e3 for size in self.batch_sizes}
+        rows = self.rows
+        return {size: rows[PLAIN, size].step_ms / 1e3 for size in self.batch_sizes}
 
     def steps(self, cells: Iterable[Cell]) -> list[MeasuredStep]:
+        rows = self.rows
         return [
-            MeasuredStep(*cell, size, self.rows[cell, size].step_ms / 1e3)
+            MeasuredStep(*cell, size, rows[cell, size].step_ms / 1e3)
             for cell in cells
             for size in self.batch_sizes
         ]
 
     def speedups(self, grid: Grid) -> dict[tuple[int, int, int], float]:
         """Of the grid's cells over plain decoding, by (E, K, batch size)."""
-        cells = set(grid.cells)
+        cells, rows = set(grid.cells), self.rows
         return {
-            (*cell, size): row.tokens_per_s / self.rows[PLAIN, size].tokens_per_s
-            for (cell, size), row in self.rows.items()
-            if cell in cells and size in grid.batch_sizes and (PLAIN, size) in self.rows
+            (*cell, size): row.tokens_per_s / rows[PLAIN, size].tokens_per_s
+            for (cell, size), row in rows.items()
+            if cell in cells and size in grid.batch_sizes and (PLAIN, size) in rows
         }
 
 
