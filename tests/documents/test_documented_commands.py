@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run every command of the documents, as it is written, but for those that need GPUs.
+
+The blocks that are quick run by default, the rest with ``-m slow``. A new block is slow until it is
+listed here.
+"""
+
+from __future__ import annotations
+
+import pytest
+import sandbox
+from markdown import all_blocks
+
+QUICK = ("benchmarks/limits.py", "benchmarks/report.py", "vllm-layerskip draft-vocab")
+"""A block of which each command is one of these is quick."""
+ELSEWHERE = {
+    "docs/adding-an-architecture.md": "engine/test_third_party_model.py, from the page's text",
+}
+"""Documents whose code another test takes from them."""
+
+
+def _commands(text):
+    joined = text.replace("\\\n", " ")
+    return [line for line in joined.split("\n") if line.strip() and not line.startswith("#")]
+
+
+def _marks(block):
+    is_quick = block.language == "bash" and all(
+        any(quick in command for quick in QUICK) for command in _commands(block.text)
+    )
+    return () if is_quick else (pytest.mark.slow,)
+
+
+BLOCKS = [
+    pytest.param(block, marks=_marks(block), id=str(block))
+    for block in all_blocks()
+    if block.language in ("bash", "python")
+    and not block.needs_gpus
+    and not block.is_file
+    and block.document not in ELSEWHERE
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return sandbox.make(tmp_path_factory.mktemp("documents"))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_commands_of_the_documents(block, folder):
+    print(sandbox.run(block, folder))
