@@ -146,3 +146,18 @@ def test_rounds_take_turns_and_the_fastest_counts(tmp_path):
     more = MeasuredCells(path, "s1", [1], rounds=4)
     assert not more.missing([PLAIN, (3, 5)], 3)
     assert more.missing([PLAIN, (3, 5)], 4) == [PLAIN, (3, 5)]
+
+
+def test_cells_that_are_far_behind_drop_out_after_two_rounds(tmp_path):
+    speeds = {PLAIN: 1.0, (3, 5): 20.0, (4, 5): 13.9, (5, 5): 14.1}
+    asked = []
+
+    def measure(cells):
+        asked.append(list(cells))
+        for cell in cells:
+            yield replace(
+                ROW, exit_layer=cell[0], num_speculative_tokens=cell[1], tokens_per_s=speeds[cell]
+            )
+
+    MeasuredCells(tmp_path / "cells.csv", "s1", [1], rounds=3).measure(list(speeds), measure)
+    assert asked == [list(speeds), list(speeds), [PLAIN, (3, 5), (5, 5)]]

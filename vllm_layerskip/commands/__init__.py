@@ -38,4 +38,9 @@ COMMANDS: tuple[Command, ...] = (
         "vllm_layerskip.commands.tune",
         "Choose exit layer, drafts and batch-size schedule for a checkpoint, machine and prompts.",
     ),
+    Command(
+        "generate",
+        "vllm_layerskip.commands.generate",
+        "Answer a file of prompts, on one engine or, with Ray, on many.",
+    ),
 )

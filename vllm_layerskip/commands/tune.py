@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vllm_layerskip.tuning.cells import Row
     from vllm_layerskip.tuning.costs import RooflineCosts
     from vllm_layerskip.tuning.measure import CellJob
+    from vllm_layerskip.tuning.ray_jobs import Cluster
     from vllm_layerskip.tuning.tune import Grid, Result
 
 _DEFAULT_MEASURED = 4
@@ -109,6 +110,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Take the acceptance statistics from an earlier run's agreement.npz; the model's "
         "weights are not needed then, if nothing is measured.",
     )  # fmt: skip
+    cluster = parser.add_argument_group("cluster")
+    cluster.add_argument(
+        "--ray", action="store_true",
+        help="Measure on a Ray cluster, as many cells at once as it has GPUs for; on CPUs one a "
+        "node.",
+    )  # fmt: skip
+    cluster.add_argument(
+        "--ray-address", metavar="ADDRESS",
+        help="The cluster, such as auto; implies --ray. Default: RAY_ADDRESS, or this machine.",
+    )  # fmt: skip
+    cluster.add_argument(
+        "--accelerator-type", metavar="TYPE",
+        help="Ray's name of the GPUs to use, such as H100, if the cluster has several types.",
+    )  # fmt: skip
     output = parser.add_argument_group("output")
     output.add_argument(
         "--results", type=Path, metavar="FOLDER",
@@ -156,6 +171,7 @@ class Plan:
     rounds: int
     roofline: RooflineCosts | None
     cells_per_process: int
+    cluster: Cluster | None
     generator: str
     draft_vocab: tuple[int, ...] | None
     agreement: Path | None
@@ -225,7 +241,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     if drawing.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"--map {drawing} must end with .png, .svg or .pdf.")
     check_writable(drawing, "--map")
-    device = args.device or ("cuda" if gpu_info() else "cpu")
+    cluster = _cluster(args)
+    device = cluster.device if cluster else args.device or ("cuda" if gpu_info() else "cpu")
     dtype = args.dtype or ("float32" if device == "cpu" else "auto")
     roofline = _roofline(args.hardware, config, dtype) if args.hardware else None
     encoded = encode_prompts(
@@ -242,7 +259,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         batch_sizes=grid.batch_sizes,
         repeats=args.repeats,
     )
-    identity = _identity(config, asdict(engine), asdict(load), draft_vocab)
+    machine = None if cluster is None else cluster.machine
+    identity = _identity(config, asdict(engine), asdict(load), draft_vocab, machine)
     num_measured = args.num_measured
     if num_measured is None:
         num_measured = 0 if roofline else _DEFAULT_MEASURED
@@ -260,6 +278,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         rounds=args.rounds,
         roofline=roofline,
         cells_per_process=args.cells_per_process,
+        cluster=cluster,
         generator=args.generator or ("transformers" if roofline else "vllm"),
         draft_vocab=draft_vocab,
         agreement=args.agreement,
@@ -270,11 +289,22 @@ def make_plan(args: argparse.Namespace) -> Plan:
     )
 
 
+def _cluster(args: argparse.Namespace) -> Cluster | None:
+    from vllm_layerskip.tuning import ray_jobs
+
+    if not args.ray and args.ray_address is None:
+        if args.accelerator_type is not None:
+            raise UserError(f"--accelerator-type {args.accelerator_type} needs --ray. Add it.")
+        return None
+    return ray_jobs.connect(args.ray_address, args.device, args.accelerator_type)
+
+
 def execute(plan: Plan) -> Result:
     """Predict, measure, choose; results go to the plan's folder as they come."""
     from dataclasses import replace
 
     from vllm_layerskip.tuning.jobs import measure_in_processes
+    from vllm_layerskip.tuning.ray_jobs import measure_on_cluster
     from vllm_layerskip.tuning.tune import CELLS_FILE, MeasuredCells, tune
 
     agreement = _agreement(plan)
@@ -284,7 +314,10 @@ def execute(plan: Plan) -> Result:
 
     def measure_cells(cells: Sequence[tuple[int, int]]) -> Iterator[Row]:
         job = replace(plan.job, cells=tuple(cells))
-        rows = measure_in_processes(job, plan.cells_per_process, plan.results / "logs")
+        if plan.cluster is None:
+            rows = measure_in_processes(job, plan.cells_per_process, plan.results / "logs")
+        else:
+            rows = measure_on_cluster(job, plan.cells_per_process, plan.cluster, plan.identity)
         return _progress(rows, len(cells) * len(plan.grid.batch_sizes))
 
     return tune(plan.grid, agreement, measured, measure_cells, plan.num_measured, plan.roofline)
@@ -293,6 +326,7 @@ def execute(plan: Plan) -> Result:
 def _agreement(plan: Plan) -> Agreement:
     from vllm_layerskip.tuning.agreement import Agreement
     from vllm_layerskip.tuning.jobs import agreement_in_process
+    from vllm_layerskip.tuning.ray_jobs import agreement_on_cluster
 
     path = plan.agreement or plan.results / "agreement.npz"
     if plan.agreement is not None or path.exists():
@@ -311,14 +345,10 @@ def _agreement(plan: Plan) -> Agreement:
             if plan.agreement is not None or (identity == plan.job.settings and not missing):
                 return agreement
     _say("Reading every exit's predictions along the model's greedy answers...")
-    return agreement_in_process(
-        plan.job,
-        plan.grid.exit_layers,
-        plan.draft_vocab,
-        plan.generator,
-        path,
-        plan.results / "logs",
-    )
+    asked = (plan.job, plan.grid.exit_layers, plan.draft_vocab, plan.generator, path)
+    if plan.cluster is not None:
+        return agreement_on_cluster(*asked, plan.cluster, plan.identity)
+    return agreement_in_process(*asked, plan.results / "logs")
 
 
 def _write(plan: Plan, result: Result) -> None:
@@ -368,6 +398,7 @@ def _identity(
     engine: Mapping[str, Any],
     load: Mapping[str, Any],
     draft_vocab: Iterable[int] | None,
+    machine: str | None,
 ) -> dict[str, Any]:
     """Everything that a measured cell depends on, besides its E, K and batch size.
 
@@ -386,7 +417,7 @@ def _identity(
         "max_num_seqs": max(load["batch_sizes"]),
         "prompts": digest,
         "weights": _weights(Path(engine["model"])),
-        "machine": (gpu_info() or {}).get("name") or cpu_model(),
+        "machine": machine or (gpu_info() or {}).get("name") or cpu_model(),
         "versions": versions(),
         "code": code_digest(),
     }

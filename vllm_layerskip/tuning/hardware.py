@@ -13,22 +13,26 @@ class Gpu:
 
     bandwidth: float
     flops: float
+    memory: float = 0.0
+    """Bytes; 0 where they do not matter."""
+    link: float = 0.0
+    """Bytes/s to the other GPUs of its node, in one direction; 0 without NVLink."""
 
 
 GPUS: dict[str, Gpu] = {
     # NVIDIA's datasheets; matrix peaks are the dense ones. The longest matching name wins.
-    "NVIDIA H200": Gpu(4.8e12, 989e12),
-    "NVIDIA H100 80GB HBM3": Gpu(3.35e12, 989e12),  # SXM
-    "NVIDIA H100 PCIe": Gpu(2.0e12, 756e12),
-    "NVIDIA H100 NVL": Gpu(3.9e12, 835e12),
-    "NVIDIA A100-SXM4-80GB": Gpu(2.039e12, 312e12),
-    "NVIDIA A100-SXM4-40GB": Gpu(1.555e12, 312e12),
-    "NVIDIA A100 80GB PCIe": Gpu(1.935e12, 312e12),
-    "NVIDIA L40S": Gpu(0.864e12, 362e12),
-    "NVIDIA L4": Gpu(0.3e12, 121e12),
-    "NVIDIA A10": Gpu(0.6e12, 125e12),
-    "NVIDIA GeForce RTX 4090": Gpu(1.008e12, 165e12),
-    "NVIDIA B200": Gpu(8.0e12, 2250e12),
+    "NVIDIA H200": Gpu(4.8e12, 989e12, 141e9, 450e9),
+    "NVIDIA H100 80GB HBM3": Gpu(3.35e12, 989e12, 80e9, 450e9),  # SXM
+    "NVIDIA H100 PCIe": Gpu(2.0e12, 756e12, 80e9),
+    "NVIDIA H100 NVL": Gpu(3.9e12, 835e12, 94e9, 300e9),
+    "NVIDIA A100-SXM4-80GB": Gpu(2.039e12, 312e12, 80e9, 300e9),
+    "NVIDIA A100-SXM4-40GB": Gpu(1.555e12, 312e12, 40e9, 300e9),
+    "NVIDIA A100 80GB PCIe": Gpu(1.935e12, 312e12, 80e9),
+    "NVIDIA L40S": Gpu(0.864e12, 362e12, 48e9),
+    "NVIDIA L4": Gpu(0.3e12, 121e12, 24e9),
+    "NVIDIA A10": Gpu(0.6e12, 125e12, 24e9),
+    "NVIDIA GeForce RTX 4090": Gpu(1.008e12, 165e12, 24e9),
+    "NVIDIA B200": Gpu(8.0e12, 2250e12, 180e9, 900e9),
 }
 
 

@@ -102,7 +102,21 @@ def agreement_in_process(
     Args:
         generator: ``vllm`` or ``transformers``; what writes the greedy continuations.
     """
-    request = {
+    request = agreement_request(job, exit_layers, draft_vocab, generator, path)
+    for _ in run_job(request, job.engine.device, logs / "agreement.log"):
+        pass
+    return Agreement.load(path)[0]
+
+
+def agreement_request(
+    job: CellJob,
+    exit_layers: Sequence[int],
+    draft_vocab: Sequence[int] | None,
+    generator: str,
+    path: Path,
+) -> dict[str, Any]:
+    """The job of ``worker.py`` that writes agreement statistics to ``path``."""
+    return {
         "kind": "agreement",
         "job": job.to_dict(),
         "exit_layers": list(exit_layers),
@@ -110,6 +124,3 @@ def agreement_in_process(
         "generator": generator,
         "path": str(path),
     }
-    for _ in run_job(request, job.engine.device, logs / "agreement.log"):
-        pass
-    return Agreement.load(path)[0]

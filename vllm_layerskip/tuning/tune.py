@@ -36,6 +36,9 @@ MeasureCells = Callable[[Sequence[Cell]], Iterable[Row]]
 """Measures cells (E, K) at all batch sizes; ``PLAIN`` is plain decoding."""
 
 CELLS_FILE = "cells.csv"
+_FULL_ROUNDS = 2
+_FAR_BEHIND = 0.7
+"""Of the fastest cell's speed: what two rounds with a disturbance each would not explain."""
 ALL = -1
 """``num_measured`` for a full sweep."""
 
@@ -115,13 +118,28 @@ class MeasuredCells:
         """Have all of ``cells`` in the file; a row is in it as soon as it is measured."""
         cells = list(cells)
         for num_rounds in range(1, self.rounds + 1):
-            for row in (
-                measure_cells(missing) if (missing := self.missing(cells, num_rounds)) else ()
-            ):
+            missing = self.missing(self._contenders(cells, num_rounds), num_rounds)
+            for row in measure_cells(missing) if missing else ():
                 if row.settings != self.settings:
                     raise ValueError(f"A row of {row.settings} among those of {self.settings}.")
                 append_rows(self.path, [row])
                 self.all_rows.append(row)
+
+    def _contenders(self, cells: Sequence[Cell], num_rounds: int) -> list[Cell]:
+        """Cells that a round measures: all in the first two, then those that are not far behind."""
+        if num_rounds <= _FULL_ROUNDS:
+            return list(cells)
+        rows = self.rows
+        best = {
+            size: max(row.tokens_per_s for (_, s), row in rows.items() if s == size)
+            for size in self.batch_sizes
+        }
+        return [
+            cell
+            for cell in cells
+            if cell == PLAIN
+            or any(rows[cell, s].tokens_per_s >= _FAR_BEHIND * best[s] for s in self.batch_sizes)
+        ]
 
     def plain_s(self) -> dict[int, float]:
         rows = self.rows

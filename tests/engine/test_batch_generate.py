@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-layerskip generate`: answers are one engine's, whoever runs them and whatever dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from checkpoints import EMBEDDED
+
+MAX_TOKENS = 20
+FLAGS = [
+    "--model", str(EMBEDDED), "--max-tokens", str(MAX_TOKENS), "--token-ids", "--ignore-eos",
+    "--engine-args", json.dumps({
+        "enforce_eager": True, "max_model_len": 256, "max_num_seqs": 8,
+        "kv_cache_memory_bytes": 16 << 20,
+    }),
+]  # fmt: skip
+TOO_LONG = list(range(3, 300))
+ENVIRONMENT = {
+    **os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1",
+}  # fmt: skip
+
+
+def _command(folder: Path, *options: str) -> list[str]:
+    arguments = ["--input", str(folder / "in.jsonl"), "--output", str(folder / "out"), *options]
+    return [sys.executable, "-m", "vllm_layerskip.cli", "generate", *FLAGS, *arguments]
+
+
+def _generate(folder: Path, *options: str) -> str:
+    process = subprocess.run(
+        _command(folder, *options), env=ENVIRONMENT, text=True, timeout=500, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stdout[-6000:]
+    return process.stdout
+
+
+def _write_input(path: Path, prompts, repeat: int = 1) -> None:
+    records = [
+        {"prompt_token_ids": ids, "id": f"p{i}-{copy}"}
+        for copy in range(repeat)
+        for i, ids in enumerate(prompts)
+    ]
+    records.insert(1, {"prompt_token_ids": TOO_LONG, "id": "too long"})
+    records.insert(2, {"prompt": "", "id": "empty"})
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def _check(folder: Path, expected: list[list[int]], repeat: int = 1) -> None:
+    lines = (folder / "out" / "output.jsonl").read_text().splitlines()
+    outputs = [json.loads(line) for line in lines]
+    ids = [f"p{i}-{copy}" for copy in range(repeat) for i in range(len(expected))]
+    assert [o["id"] for o in outputs] == [ids[0], "too long", "empty", *ids[1:]]
+    by_id = {o["id"]: o for o in outputs}
+    assert "256" in by_id["too long"]["error"]
+    assert "a text that is not empty" in by_id["empty"]["error"]
+    for name in ids:
+        assert by_id[name]["error"] is None
+        assert by_id[name]["token_ids"] == expected[int(name[1])], name
+        assert by_id[name]["finish_reason"] == "length"
+
+
+@pytest.fixture(scope="module")
+def expected(pool, prompts):
+    """Plain vLLM's."""
+    return pool.get(EMBEDDED).greedy(prompts, MAX_TOKENS)
+
+
+def test_one_engine(tmp_path, prompts, expected):
+    _write_input(tmp_path / "in.jsonl", prompts)
+    assert "8 rows, of which 2 with an error" in _generate(tmp_path)
+    _check(tmp_path, expected)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["acceptance_length"] > 1.5
+    assert summary["num_output_tokens"] == len(prompts) * MAX_TOKENS
+
+
+def _wait_for_answers(folder: Path, process: subprocess.Popen, number: int) -> None:
+    partial, deadline = folder / "out" / "answers.partial.jsonl", time.monotonic() + 240
+    while not partial.exists() or partial.read_bytes().count(b"\n") < number:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_killed_job_goes_on(tmp_path, prompts, expected):
+    repeat = 12
+    _write_input(tmp_path / "in.jsonl", prompts, repeat)
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen(
+        _command(tmp_path), env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True
+    )
+    # Two of them have an error, at once.
+    _wait_for_answers(tmp_path, process, 10)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    output = _generate(tmp_path)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert 0 < summary["num_rows_of_this_run"] <= repeat * len(prompts) + 2 - 10, output
+    _check(tmp_path, expected, repeat)
+    assert "is there already, and whole" in _generate(tmp_path)
+
+
+@pytest.mark.slow
+def test_two_replicas(tmp_path, prompts, expected):
+    pytest.importorskip("ray.data.llm")
+    _write_input(tmp_path / "in.jsonl", prompts, 2)
+    _generate(tmp_path, "--num-replicas", "2", "--rows-per-task", "3")
+    _check(tmp_path, expected, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["engine", "actor"])
+def test_a_replica_that_is_killed_loses_and_doubles_nothing(tmp_path, prompts, expected, victim):
+    pytest.importorskip("ray.data.llm")
+    repeat = 20
+    _write_input(tmp_path / "in.jsonl", prompts, repeat)
+    before = set(_victims(victim))
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen(
+        _command(tmp_path, "--num-replicas", "2", "--rows-per-task", "4"),
+        env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True,
+    )  # fmt: skip
+    _wait_for_answers(tmp_path, process, 10)
+    victims = set(_victims(victim)) - before
+    assert victims
+    os.kill(min(victims), signal.SIGKILL)
+    assert process.wait(timeout=400) == 0, (tmp_path / "log").read_text()[-6000:]
+    _check(tmp_path, expected, repeat)
+
+
+def _victims(kind: str) -> list[int]:
+    """Processes of replicas on this machine: vLLM's engine cores, or Ray Data's actors."""
+    name = "EngineCore" if kind == "engine" else "ray::MapWorker"
+    found = []
+    for line in subprocess.check_output(["ps", "-eo", "pid,args"], text=True).splitlines()[1:]:
+        pid, _, title = line.strip().partition(" ")
+        if name in title and "defunct" not in title:
+            found.append(int(pid))
+    return found

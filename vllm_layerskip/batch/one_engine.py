@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers from one engine in this process (or, with tensor parallelism, from its workers)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from vllm_layerskip.batch.output import Answer
+from vllm_layerskip.batch.rows import Row
+from vllm_layerskip.batch.settings import JobSettings
+
+
+def answers(rows: Iterable[Row], settings: JobSettings) -> Iterator[Answer]:
+    """Generate for all rows; answers come in the order in which they end.
+
+    The engine always has twice as many requests as it runs at once, so that no place is empty while
+    there are rows, and no more than these are in memory.
+    """
+    from vllm import LLM
+
+    llm = LLM(**engine_arguments(settings))
+    engine = llm.llm_engine
+    tokenizer = None
+    num_ahead = 2 * engine.vllm_config.scheduler_config.max_num_seqs
+    waiting, pending = iter(rows), 0
+    while True:
+        for row in islice(waiting, num_ahead - pending):
+            if row.messages is not None and tokenizer is None:
+                tokenizer = llm.get_tokenizer()
+            try:
+                _add(engine, tokenizer, row)
+            except (ValueError, TypeError) as error:
+                # What vLLM says of a request that it cannot serve, such as a prompt too long.
+                yield Answer(row.index, error=f"{type(error).__name__}: {error}")
+            else:
+                pending += 1
+        if pending == 0:
+            break
+        for output in engine.step():
+            if output.finished:
+                pending -= 1
+                yield _answer(output)
+    engine.engine_core.shutdown()
+
+
+def engine_arguments(settings: JobSettings) -> dict[str, Any]:
+    """Arguments of vLLM's ``LLM``."""
+    arguments = {"model": settings.model, **settings.engine_args}
+    if settings.speculative_config is not None:
+        arguments["speculative_config"] = dict(settings.speculative_config)
+        arguments.setdefault("per_request_spec_decode_metrics", "summary")
+    return arguments
+
+
+def prompt_of(row: Row, tokenizer: Any) -> Any:
+    """What vLLM takes as the row's prompt.
+
+    Raises:
+        ValueError: the chat template refuses the messages.
+    """
+    from vllm.inputs import TextPrompt, TokensPrompt
+
+    if row.messages is not None:
+        return TokensPrompt(prompt_token_ids=chat_token_ids(row, tokenizer))
+    if row.prompt_token_ids is not None:
+        return TokensPrompt(prompt_token_ids=list(row.prompt_token_ids))
+    return TextPrompt(prompt=row.prompt)
+
+
+def chat_token_ids(row: Row, tokenizer: Any) -> list[int]:
+    """A chat's tokens, by the tokenizer's template.
+
+    Raises:
+        ValueError: there is no template, or it refuses the messages.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            list(row.messages or ()), tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:
+        # Jinja's errors, KeyError, TypeError: whatever the template does with odd messages.
+        raise ValueError(f"messages: {type(error).__name__}: {error}") from None
+    # A template writes its own special tokens.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _add(engine: Any, tokenizer: Any, row: Row) -> None:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    params = SamplingParams(**row.sampling_params, output_kind=RequestOutputKind.FINAL_ONLY)
+    engine.add_request(str(row.index), prompt_of(row, tokenizer), params)
+
+
+def _answer(output: Any) -> Answer:
+    (completion,) = output.outputs
+    drafting = getattr(completion, "spec_decode_metrics", None)
+    histogram = [] if drafting is None else drafting.histogram
+    return Answer(
+        index=int(output.request_id),
+        text=completion.text,
+        token_ids=tuple(completion.token_ids),
+        finish_reason=completion.finish_reason,
+        num_prompt_tokens=len(output.prompt_token_ids),
+        num_drafts=None if drafting is None else sum(histogram),
+        num_accepted_tokens=(
+            None if drafting is None else sum(j * count for j, count in enumerate(histogram))
+        ),
+    )

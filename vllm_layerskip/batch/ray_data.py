@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers from several engines: Ray Data's LLM processor with the plugin.
+
+Ray Data places the replicas, hands them rows, restarts a replica that died and runs its unfinished
+rows again. Answers come back to this process, which alone writes: so a row that ran twice is kept
+once, and whatever has been written survives the job. Rows pass through as one column of JSON, since
+Ray Data stores rows in columns and would give every row every other row's keys.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_layerskip.batch.one_engine import chat_token_ids
+from vllm_layerskip.batch.output import Answer
+from vllm_layerskip.batch.rows import Row
+from vllm_layerskip.batch.settings import JobSettings
+from vllm_layerskip.commands import UserError
+
+_HANDED_ON = ("TRITON_", "VLLM_", "OMP_", "HF_", "LAYERSKIP_", "TOKENIZERS_")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where replicas run."""
+
+    num_replicas: int
+    address: str | None = None
+    """Of a Ray cluster; None starts or finds one on this machine."""
+    device: str = "cuda"
+    rows_per_task: int = 16
+    """Rows that a replica gets, and would run again, at once."""
+
+
+def answers(rows: Iterable[Row], settings: JobSettings, cluster: Cluster) -> Iterator[Answer]:
+    """Generate for all rows on the cluster's replicas.
+
+    Raises:
+        UserError: Ray is not installed, or there is no cluster at the address.
+    """
+    try:
+        import ray
+        from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+    except ImportError as error:
+        raise UserError(
+            f"--num-replicas {cluster.num_replicas}: Ray Data's LLM processor cannot be imported "
+            f"({error}). Install the extra: pip install 'vllm-layerskip[ray]'"
+        ) from None
+    variables = {
+        name: value for name, value in os.environ.items() if name.startswith(_HANDED_ON)
+    }  # fmt: skip
+    try:
+        ray.init(
+            address=cluster.address,
+            ignore_reinit_error=True,
+            runtime_env={"env_vars": variables},
+            log_to_driver=False,
+        )
+    except ConnectionError as error:
+        raise UserError(f"--ray-address {cluster.address}: {error}") from None
+    processor = build_processor(
+        vLLMEngineProcessorConfig(**processor_arguments(settings, cluster)),
+        preprocess=_to_request,
+        postprocess=_to_result,
+    )
+    requests, refused = _requests(rows, settings.model)
+    yield from refused
+    if not requests:
+        return
+    # Blocks of the size of a task: a replica's loss costs no more than its tasks.
+    num_blocks = -(-len(requests) // cluster.rows_per_task)
+    dataset = ray.data.from_items(requests, override_num_blocks=min(num_blocks, len(requests)))
+    for result in processor(dataset).iter_rows():
+        yield _answer(result)
+
+
+def processor_arguments(settings: JobSettings, cluster: Cluster) -> dict[str, Any]:
+    """Arguments of Ray Data's ``vLLMEngineProcessorConfig``."""
+    engine = dict(settings.engine_args)
+    if settings.speculative_config is not None:
+        engine["speculative_config"] = dict(settings.speculative_config)
+    arguments: dict[str, Any] = {
+        "model_source": settings.model,
+        "engine_kwargs": engine,
+        # The engine does both; its own tokenizer is the model's.
+        "chat_template_stage": False,
+        "tokenize_stage": False,
+        "detokenize_stage": False,
+        # A pool of exactly this many: an engine takes long to start.
+        "concurrency": (cluster.num_replicas, cluster.num_replicas),
+        "batch_size": cluster.rows_per_task,
+        "should_continue_on_error": True,
+    }
+    if cluster.device == "cpu":
+        arguments["placement_group_config"] = {"bundle_per_worker": {"CPU": 1}}
+    return arguments
+
+
+def _requests(rows: Iterable[Row], model: str) -> tuple[list[dict[str, Any]], list[Answer]]:
+    """What the replicas get, and the answers of rows that they need not see."""
+    requests, refused, tokenizer = [], [], None
+    for row in rows:
+        token_ids = row.prompt_token_ids
+        if row.messages is not None:
+            if tokenizer is None:
+                from transformers import AutoTokenizer
+
+                tokenizer = AutoTokenizer.from_pretrained(model)
+            try:
+                token_ids = tuple(chat_token_ids(row, tokenizer))
+            except ValueError as error:
+                refused.append(Answer(row.index, error=f"ValueError: {error}"))
+                continue
+        request = {
+            "prompt": row.prompt,
+            "token_ids": token_ids,
+            "sampling_params": dict(row.sampling_params),
+        }
+        requests.append({"index": row.index, "request": json.dumps(request)})
+    return requests, refused
+
+
+def _to_request(row: dict[str, Any]) -> dict[str, Any]:
+    request = json.loads(row["request"])
+    prompt = {"prompt": request["prompt"]} if request["token_ids"] is None else {
+        "tokenized_prompt": request["token_ids"]
+    }  # fmt: skip
+    return {**prompt, "sampling_params": request["sampling_params"]}
+
+
+def _to_result(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: row[name]
+        for name in ("index", "request", "generated_text", "generated_tokens", "num_input_tokens")
+    }
+
+
+def _answer(result: Mapping[str, Any]) -> Answer:
+    index, error = int(result["index"]), result.get("__inference_error__")
+    if error:
+        return Answer(index, error=error)
+    token_ids = tuple(map(int, result["generated_tokens"]))
+    params = json.loads(result["request"])["sampling_params"]
+    return Answer(
+        index=index,
+        text=result["generated_text"],
+        token_ids=token_ids,
+        # Ray Data does not hand vLLM's on. An answer that ends at its limit by chance counts as
+        # cut.
+        finish_reason="length" if len(token_ids) >= params["max_tokens"] else "stop",
+        num_prompt_tokens=int(result["num_input_tokens"]),
+    )
