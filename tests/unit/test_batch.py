@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from vllm_layerskip.batch import job
 from vllm_layerskip.batch.output import PARTIAL, Answer, Journal, write_output
 from vllm_layerskip.batch.parameters import PARAMETERS, merged
-from vllm_layerskip.batch.ray_data import Cluster, processor_arguments
+from vllm_layerskip.batch.ray_data import Cluster, check_room, processor_arguments
 from vllm_layerskip.batch.rows import input_files, read_rows
 from vllm_layerskip.batch.settings import JobSettings, claim, clear
 from vllm_layerskip.cli import main
@@ -255,3 +255,25 @@ def test_arguments_of_ray_datas_processor():
     assert arguments["placement_group_config"] == {"bundle_per_worker": {"CPU": 1}}
     assert arguments["should_continue_on_error"]
     assert "placement_group_config" not in processor_arguments(settings, Cluster(3))
+
+
+@pytest.mark.parametrize(
+    ("device", "resources", "size", "error"),
+    [
+        ("cuda", {"GPU": 8, "CPU": 1}, 2, None),
+        ("cuda", {"GPU": 7}, 2, "they need 8 GPUs, and the cluster has 7"),
+        ("cuda", {"CPU": 64}, 1, "they need 4 GPUs, and the cluster has 0"),
+        ("cpu", {"CPU": 5}, 1, None),
+        # Ray Data's other stages would never get a CPU.
+        ("cpu", {"CPU": 4}, 1, "they need 5 CPUs, and the cluster has 4"),
+    ],
+)
+def test_a_cluster_that_is_too_small_is_an_error_and_no_endless_wait(
+    device, resources, size, error
+):
+    settings = JobSettings("m", None, {"tensor_parallel_size": size}, DEFAULTS)
+    if error is None:
+        check_room(resources, Cluster(4, device=device), settings)
+    else:
+        with pytest.raises(UserError, match=error):
+            check_room(resources, Cluster(4, device=device), settings)
