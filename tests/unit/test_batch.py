@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_layerskip.batch import job
@@ -20,6 +20,11 @@ from vllm_layerskip.cli import main
 from vllm_layerskip.commands import UserError
 
 DEFAULTS = merged({}, None)
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 
 def _write(path: Path, *records) -> Path:
@@ -103,6 +108,9 @@ def test_parquet_in_and_out(tmp_path):
     assert "this one has none of them" in rows[1]["error"]
 
 
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.data())
 def test_a_run_that_was_cut_off_anywhere_goes_on_and_answers_each_row_once(tmp_path_factory, data):
     tmp_path = tmp_path_factory.mktemp("job")
