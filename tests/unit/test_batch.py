@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 from vllm_layerskip.batch import job
 from vllm_layerskip.batch.output import PARTIAL, Answer, Journal, write_output
 from vllm_layerskip.batch.parameters import PARAMETERS, merged
-from vllm_layerskip.batch.ray_data import Cluster, check_room, processor_arguments
+from vllm_layerskip.batch.ray_data import (
+    Cluster,
+    check_room,
+    handed_on,
+    processor_arguments,
+)
 from vllm_layerskip.batch.rows import input_files, read_rows
 from vllm_layerskip.batch.settings import JobSettings, claim, clear
 from vllm_layerskip.cli import main
@@ -118,26 +123,29 @@ def test_a_run_that_was_cut_off_anywhere_goes_on_and_answers_each_row_once(tmp_p
     records = [{"prompt": f"p{i}"} if i % 3 else {"prompt": ""} for i in range(num_rows)]
     files, folder = [_write(tmp_path / "in.jsonl", *records)], tmp_path / "out"
     asked: list[int] = []
-    while True:
-        num_served = data.draw(st.integers(0, num_rows))
 
-        def die_after(rows, num_served=num_served):
+    def die_after(num_served):
+        def generate(rows):
             for number, answer in enumerate(_answer_all(rows)):
                 if number == num_served:
                     raise RuntimeError("cut off")
                 asked.append(answer.index)
                 yield answer
 
+        return generate
+
+    for num_served in data.draw(st.lists(st.integers(0, num_rows - 1), max_size=4)):
         try:
-            _run(folder, files, die_after)
+            _run(folder, files, die_after(num_served))
         except RuntimeError:
             # A crash may leave a part of a line, or lose whole ones.
             partial = folder / PARTIAL
             content = partial.read_bytes()
-            kept = data.draw(st.integers(0, len(content)))
-            partial.write_bytes(content[:kept])
+            partial.write_bytes(content[: data.draw(st.integers(0, len(content)))])
         else:
             break
+    else:
+        _run(folder, files, die_after(None))
     outputs = _outputs(folder)
     assert [o["text"] for o in outputs] == [f"<p{i}>" if i % 3 else None for i in range(num_rows)]
     assert set(asked) == {i for i in range(num_rows) if i % 3}
@@ -285,3 +293,11 @@ def test_a_cluster_that_is_too_small_is_an_error_and_no_endless_wait(
     else:
         with pytest.raises(UserError, match=error):
             check_room(resources, Cluster(4, device=device), settings)
+
+
+def test_replicas_get_settings_and_no_addresses():
+    variables = {
+        "TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1", "VLLM_HOST_IP": "10.0.0.1",
+        "VLLM_PORT": "1", "HF_HOME": "/home/me", "PATH": "/bin",
+    }  # fmt: skip
+    assert set(handed_on(variables)) == {"TRITON_INTERPRET", "VLLM_USE_V2_MODEL_RUNNER"}

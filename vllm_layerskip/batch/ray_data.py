@@ -23,6 +23,7 @@ from vllm_layerskip.commands import UserError
 
 _OTHER_CPUS = 2
 _HANDED_ON = ("TRITON_", "VLLM_", "OMP_", "HF_", "LAYERSKIP_", "TOKENIZERS_")
+_OF_THIS_MACHINE = ("_IP", "_PORT", "_RANK", "_HOME", "_CACHE", "_ROOT", "_DIR")
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _join(cluster: Cluster, settings: JobSettings) -> None:
     """
     import ray
 
-    variables = {n: value for n, value in os.environ.items() if n.startswith(_HANDED_ON)}
+    variables = handed_on(os.environ)
     options: dict[str, Any] = {}
     if cluster.device == "cpu" and cluster.address is None:
         # Ray Data's own stages need CPUs beside those of the replicas, or all would wait forever.
@@ -95,6 +96,15 @@ def _join(cluster: Cluster, settings: JobSettings) -> None:
     except (ConnectionError, ValueError) as error:
         raise UserError(f"--ray-address {cluster.address}: {error}") from None
     check_room(ray.cluster_resources(), cluster, settings)
+
+
+def handed_on(variables: Mapping[str, str]) -> dict[str, str]:
+    """This process's settings for the replicas, but no addresses and folders of this machine."""
+    return {
+        name: value
+        for name, value in variables.items()
+        if name.startswith(_HANDED_ON) and not name.endswith(_OF_THIS_MACHINE)
+    }
 
 
 def check_room(resources: Mapping[str, float], cluster: Cluster, settings: JobSettings) -> None:
