@@ -11,18 +11,21 @@ compared with plain vLLM's. docs/benchmarks.md has the protocol.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from chats import Chats
 from measure_prompts import Sampling
 from modes import VLLM_MODES
-from prompt_summary import label, summarize
-from questions import read_questions, spread
+from prompt_summary import label, outputs_differ, summarize
+from questions import Question, read_questions, spread
 from report import markdown
 from settings import Settings, read_config
 
@@ -31,8 +34,8 @@ from vllm_layerskip.tuning.provenance import COMMAND_VARIABLE, command_line
 
 MODES = tuple(mode for mode in VLLM_MODES if mode != "early-exit")
 SCHEMA = 1
-HEADER = ("category", "answers", "tokens", "mode", "acceptance length", "ms a token",
-          "speed-up", "equal to plain")  # fmt: skip
+HEADER = ("category", "questions", "answers", "tokens an answer", "mode", "acceptance length",
+          "tokens/s", "speed-up", "of decoding", "equal to plain")  # fmt: skip
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -49,8 +52,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--draft-vocab", help="As compare.py's.")
     parser.add_argument("--batch-size", type=int, default=1, help="Requests at once. Default: 1.")
     parser.add_argument("--num-questions", type=int, help="Spread over categories. Default: all.")
+    parser.add_argument("--max-model-len", type=int, help="Default: the model's.")
     parser.add_argument("--max-tokens", type=int, default=256, help="Of an answer. Default: 256.")
-    parser.add_argument("--repeats", type=int, default=3, help="Default: 3, at least.")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="Runs, of which the median counts. Default: 3."
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="Default: 0.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--chat", action="store_true", help="Use the chat template.")
@@ -64,8 +70,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if "plain" not in args.modes:
         parser.error(f"--modes {' '.join(args.modes)} must include plain, the baseline.")
-    for option in ("batch_size", "max_tokens", "repeats"):
-        if getattr(args, option) < 1:
+    for option in ("batch_size", "max_tokens", "repeats", "num_questions", "max_model_len"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
             parser.error(f"--{option.replace('_', '-')} must be an integer of at least 1.")
     return args
 
@@ -91,35 +98,88 @@ def jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
         if not {"exit_layer", "num_speculative_tokens"} <= set(block):
             raise ValueError(f"--pairs: {args.model} has no layerskip block. Give E:K.")
         pairs = [(block["exit_layer"], block["num_speculative_tokens"])]
+    _check_pairs(pairs, config["num_hidden_layers"])
     longest = max(k for _, k in pairs)
-    max_prompt_tokens = config["max_position_embeddings"] - args.max_tokens - longest - 1
+    max_model_len = args.max_model_len or config["max_position_embeddings"]
+    max_prompt_tokens = max_model_len - args.max_tokens - longest - 1
     if max_prompt_tokens < 1:
         raise ValueError(
             f"--max-tokens {args.max_tokens} leaves no room for a prompt: the model takes "
-            f"{config['max_position_embeddings']} tokens. Lower it."
+            f"{max_model_len} tokens. Lower it."
         )
     all_questions = read_questions(args.questions)
-    questions = spread(all_questions, args.num_questions)
+    fitting = fitting_questions(all_questions, args, max_prompt_tokens)
+    if not fitting:
+        raise ValueError(
+            f"--questions {args.questions}: none has a first prompt of at most {max_prompt_tokens} "
+            "tokens. Lower --max-tokens, or give shorter questions."
+        )
+    questions = spread(fitting, args.num_questions)
     sampling = Sampling(
         args.max_tokens, args.temperature, args.seed, args.ignore_eos, args.chat, max_prompt_tokens
     )
-    runs: list[tuple[str, tuple[int, int]]] = []
-    for mode in args.modes:
-        runs += [(mode, pair) for pair in (pairs[:1] if mode == "plain" else pairs)]
+    source = {
+        "file": args.questions.name,
+        "sha256": hashlib.sha256(args.questions.read_bytes()).hexdigest(),
+        "num_questions": len(questions),
+        "of": len(all_questions),
+        "too_long": dict(
+            Counter(q.category for q in all_questions) - Counter(q.category for q in fitting)
+        ),
+    }
     return [
         {
             "mode": mode,
             "settings": asdict(_settings(args, pair, max_prompt_tokens + longest - pair[1])),
             "sampling": asdict(sampling),
             "questions": [asdict(question) for question in questions],
-            "source": {
-                "file": args.questions.name,
-                "num_questions": len(questions),
-                "of": len(all_questions),
-            },
+            "source": source,
         }
-        for mode, pair in dict.fromkeys(runs)
+        for mode, pair in runs(args.modes, pairs)
     ]
+
+
+def runs(
+    modes: Sequence[str], pairs: Sequence[tuple[int, int]]
+) -> list[tuple[str, tuple[int, int]]]:
+    """A mode with its (E, K) for each process; plain decoding needs no pair, n-gram only K."""
+    found: dict[tuple[str, int, int], tuple[str, tuple[int, int]]] = {}
+    for mode in modes:
+        for exit_layer, num_drafts in pairs:
+            e = 0 if mode in ("plain", "ngram") else exit_layer
+            k = 0 if mode == "plain" else num_drafts
+            found.setdefault((mode, e, k), (mode, (exit_layer, num_drafts)))
+    return list(found.values())
+
+
+def fitting_questions(
+    questions: Sequence[Question], args: argparse.Namespace, max_prompt_tokens: int
+) -> list[Question]:
+    """Those whose first turn leaves room for the answer.
+
+    Raises:
+        ValueError: the model has no chat template to use.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    if args.chat and not tokenizer.chat_template:
+        raise ValueError(f"--chat: {args.model} has no chat template. Leave --chat out.")
+    chats = Chats(tokenizer, args.chat)
+    return [
+        question
+        for question in questions
+        if 0 < len(chats.token_ids(question.turns[:1])) <= max_prompt_tokens
+    ]
+
+
+def _check_pairs(pairs: Iterable[tuple[int, int]], num_layers: int) -> None:
+    for exit_layer, num_drafts in pairs:
+        if not (1 <= exit_layer < num_layers and num_drafts >= 1):
+            raise ValueError(
+                f"--pairs {exit_layer}:{num_drafts}: E must be from 1 to {num_layers - 1}, and K "
+                "at least 1. Give E:K, such as 8:6."
+            )
 
 
 def _settings(args: argparse.Namespace, pair: tuple[int, int], max_prompt_tokens: int) -> Settings:
@@ -165,32 +225,49 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     for record in records:
         for result in summarize(record, plain):
             length = result.acceptance_length
-            rows.append(
-                (
-                    result.category,
-                    [
-                        result.category,
-                        str(result.num_answers),
-                        f"{result.num_tokens:.0f}",
-                        label(record),
-                        "" if length is None else f"{length:.2f}",
-                        f"{result.tpot_ms:.2f}",
-                        f"{result.speedup:.2f}",
-                        f"{result.num_equal} of {result.num_answers}",
-                    ],
-                )
-            )
+            decoding, equal = result.decoding_speedup, result.num_equal
+            cells = [
+                result.category,
+                str(result.num_questions),
+                str(result.num_answers),
+                f"{result.num_tokens:.0f}",
+                label(record),
+                "" if length is None else f"{length:.2f}",
+                f"{result.tokens_per_s:.1f}",
+                f"{result.speedup:.2f}",
+                "" if decoding is None else f"{decoding:.2f}",
+                "" if equal is None else f"{equal} of {result.num_answers}",
+            ]
+            rows.append((result.category, cells))
     order = list(dict.fromkeys(category for category, _ in rows))
     return markdown(HEADER, [row for c in order for category, row in rows if category == c])
 
 
-def left_out(records: Iterable[dict[str, Any]]) -> str:
-    """How many turns had no place, by category."""
-    counts = next(iter(records))["left_out"]
-    if not counts:
-        return "No turn was left out."
-    parts = ", ".join(f"{name} {number}" for name, number in sorted(counts.items()))
-    return f"Left out, since prompt and answer do not fit the model's length: {parts} turns."
+def left_out(records: Sequence[dict[str, Any]]) -> str:
+    """How many questions and later turns had no place, by category."""
+    too_long = records[0]["questions"]["too_long"]
+    parts = [
+        f"{number} questions{_by_category(counts)} {why}"
+        if kind == "questions"
+        else f"{number} later turns{_by_category(counts)} {why}"
+        for kind, counts, why in (
+            ("questions", too_long, "of the file, whose first prompt is too long"),
+            (
+                "turns",
+                records[0]["later_turns_left_out"],
+                "that their answers before made too long",
+            ),
+        )
+        if (number := sum(counts.values()))
+    ]
+    if not parts:
+        return "Nothing was left out."
+    limit = records[0]["sampling"]["max_prompt_tokens"]
+    return f"Left out, since a prompt may have {limit} tokens: {'; '.join(parts)}."
+
+
+def _by_category(counts: dict[str, int]) -> str:
+    return " (" + ", ".join(f"{name} {number}" for name, number in counts.items()) + ")"
 
 
 def load(path: Path) -> list[dict[str, Any]]:
@@ -212,25 +289,30 @@ def main() -> int:
     except ValueError as error:
         print(f"real_prompts.py: error: {error}", file=sys.stderr)
         return 2
-    records = []
+    records, failed = [], []
     for job in todo:
         with tempfile.TemporaryDirectory() as folder:
-            records.append(run_job(job, Path(folder)))
+            try:
+                records.append(run_job(job, Path(folder)))
+            except RuntimeError as error:
+                failed.append(job["mode"])
+                print(f"real_prompts.py: error: {error}", file=sys.stderr, flush=True)
+                continue
         print(f"{label(records[-1])}: {records[-1]['runs_tokens_per_s']} tokens/s", flush=True)
         if args.output is not None:
             content = {"schema": SCHEMA, "kind": "real-prompts", "records": records}
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if "plain" in failed:
+        return 1
     print(f"\n{table(records)}\n\n{left_out(records)}")
     plain = next(record for record in records if record["mode"] == "plain")
     if args.dtype == "float32" and args.temperature == 0:
-        differ = [
-            r for r in records if any(s.num_equal < s.num_answers for s in summarize(r, plain))
-        ]
+        differ = [label(record) for record in records if outputs_differ(record, plain)]
         if differ:
-            print(f"In float32 outputs must be equal: {', '.join(map(label, differ))} differ.")
+            print(f"In float32 outputs must be equal: {'; '.join(differ)} differ.")
             return 1
-    return 0
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
