@@ -218,29 +218,50 @@ def run_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     return json.loads(output.read_text(encoding="utf-8"))
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """All modes, category by category, as Markdown."""
+def table(records: Sequence[dict[str, Any]], *, overall: bool = False) -> str:
+    """All modes as Markdown, category by category or over all of them."""
     plain = next(record for record in records if record["mode"] == "plain")
-    rows: list[tuple[str, list[str]]] = []
+    rows: dict[str, list[list[str]]] = {}
     for record in records:
-        for result in summarize(record, plain):
-            length = result.acceptance_length
-            decoding, equal = result.decoding_speedup, result.num_equal
+        results = summarize(record, plain)
+        for result in results[-1:] if overall else results:
             cells = [
                 result.category,
                 str(result.num_questions),
                 str(result.num_answers),
                 f"{result.num_tokens:.0f}",
                 label(record),
-                "" if length is None else f"{length:.2f}",
+                _two_digits(result.acceptance_length),
                 f"{result.tokens_per_s:.1f}",
-                f"{result.speedup:.2f}",
-                "" if decoding is None else f"{decoding:.2f}",
-                "" if equal is None else f"{equal} of {result.num_answers}",
+                _two_digits(result.speedup),
+                _two_digits(result.decoding_speedup),
+                "" if result.num_equal is None else f"{result.num_equal} of {result.num_answers}",
             ]
-            rows.append((result.category, cells))
-    order = list(dict.fromkeys(category for category, _ in rows))
-    return markdown(HEADER, [row for c in order for category, row in rows if category == c])
+            rows.setdefault(result.category, []).append(cells)
+    return markdown(HEADER, [cells for of_category in rows.values() for cells in of_category])
+
+
+def _two_digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def category_table(records: Sequence[dict[str, Any]]) -> str:
+    """Acceptance length and speed-up of LayerSkip's modes, a row for each category."""
+    plain = next(record for record in records if record["mode"] == "plain")
+    drafting = [record for record in records if record["mode"] == "layerskip"]
+    results = [summarize(record, plain) for record in drafting]
+    header = ["category", "questions", "answers"]
+    for record in drafting:
+        name = label(record).removeprefix("layerskip, ")
+        header += [f"acceptance length, {name}", f"speed-up, {name}"]
+    body = []
+    for of_category in zip(*results, strict=True):
+        first = of_category[0]
+        cells = [first.category, str(first.num_questions), str(first.num_answers)]
+        for result in of_category:
+            cells += [_two_digits(result.acceptance_length), _two_digits(result.speedup)]
+        body.append(cells)
+    return markdown(header, body)
 
 
 def left_out(records: Sequence[dict[str, Any]]) -> str:
