@@ -36,7 +36,7 @@ TUNING = ROOT / "docs" / "tuning" / "embedded-cpu"
 SCORES = ROOT / "vllm_layerskip" / "checkpoint" / "scores.json"
 # Okabe and Ito's palette, told apart with every kind of colour vision.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000", "#999999")
-_RC = {"svg.hashsalt": "vllm-layerskip", "svg.fonttype": "none", "font.size": 8}
+_RC: Any = {"svg.hashsalt": "vllm-layerskip", "svg.fonttype": "none", "font.size": 8}
 
 
 def checkpoint_table() -> str:
@@ -109,7 +109,8 @@ def _source(file: str, records: Sequence[dict[str, Any]]) -> str:
     return (
         f"* From `{file}`: {questions['num_questions']} of the file's {questions['of']} "
         f"questions (SHA-256 {questions['sha256'][:12]}), {drawn}, {ends} or "
-        f"{sampling['max_tokens']} tokens; {same} of {num_answers} answers were the same in every run.\n"
+        f"{sampling['max_tokens']} tokens; {same} of {num_answers} answers were the same in "
+        "every run.\n"
         f"* {settings['dtype']}, batch {settings['batch_size']}, {settings['repeats']} runs after "
         f"a warm-up; {machine}; {versions}; commit {commit[:12]}{changed}.\n"
         f"* Again: `{facts['command']}`"
