@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="A checkpoint folder.")
     parser.add_argument("--questions", required=True, type=Path, help="JSON lines, also .gz.")
     parser.add_argument("--output", type=Path, help="Result file.")
+    parser.add_argument("--resume", action="store_true", help="Go on with --output.")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["plain", "layerskip"])
     parser.add_argument(
         "--pairs", nargs="+", type=_pair, metavar="E:K", help="Default: the checkpoint's."
@@ -70,6 +72,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if "plain" not in args.modes:
         parser.error(f"--modes {' '.join(args.modes)} must include plain, the baseline.")
+    if args.output is not None and args.output.exists() and not args.resume:
+        parser.error(f"--output {args.output} exists. Add --resume, or choose another file.")
     for option in ("batch_size", "max_tokens", "repeats", "num_questions", "max_model_len"):
         value = getattr(args, option)
         if value is not None and value < 1:
@@ -218,6 +222,18 @@ def run_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     return json.loads(output.read_text(encoding="utf-8"))
 
 
+def is_record_of(record: Mapping[str, Any], job: Mapping[str, Any]) -> bool:
+    """Whether a record is what the job would measure."""
+    settings = Settings(**job["settings"])
+    ours = settings.identity() | {"batch_size": settings.batch_sizes[0]}
+    return (
+        record["mode"] == job["mode"]
+        and record["settings"] == ours
+        and record["sampling"] == job["sampling"]
+        and record["questions"] == job["source"]
+    )
+
+
 def table(records: Sequence[dict[str, Any]], *, overall: bool = False) -> str:
     """All modes as Markdown, category by category or over all of them."""
     plain = next(record for record in records if record["mode"] == "plain")
@@ -304,14 +320,25 @@ def load(path: Path) -> list[dict[str, Any]]:
 
 
 def main() -> int:
+    # So that a mode's process ends with this one.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     args = parse_args()
     try:
         todo = jobs(args)
+        records = load(args.output) if args.output is not None and args.output.exists() else []
+        others = [label(r) for r in records if not any(is_record_of(r, job) for job in todo)]
+        if others:
+            raise ValueError(
+                f"--resume: {args.output} has other runs ({'; '.join(others)}): its questions or "
+                "settings differ, or --modes or --pairs leave them out. Choose another file."
+            )
     except ValueError as error:
         print(f"real_prompts.py: error: {error}", file=sys.stderr)
         return 2
-    records, failed = [], []
+    failed = []
     for job in todo:
+        if any(is_record_of(record, job) for record in records):
+            continue
         with tempfile.TemporaryDirectory() as folder:
             try:
                 records.append(run_job(job, Path(folder)))

@@ -90,16 +90,8 @@ def _runs(records: Sequence[dict[str, Any]]) -> str:
 
 
 def _source(file: str, records: Sequence[dict[str, Any]]) -> str:
-    facts = records[0]["provenance"]
-    gpu = facts["gpu"]
-    machine = gpu["name"] if gpu else f"{facts['cpu']['count']} x {facts['cpu']['model']}"
-    commit = facts["commit"]["id"] or "unknown"
-    changed = ", with local changes" if facts["commit"]["dirty"] else ""
-    versions = ", ".join(
-        f"{name} {facts['versions'][name]}"
-        for name in ("vllm", "torch", "python")
-        if name in facts["versions"]
-    )
+    machines = dict.fromkeys(_machine(record["provenance"]) for record in records)
+    commands = dict.fromkeys(record["provenance"]["command"] for record in records)
     settings, questions = records[0]["settings"], records[0]["questions"]
     sampling = records[0]["sampling"]
     drawn = f"temperature {sampling['temperature']:g}" if sampling["temperature"] else "greedy"
@@ -112,9 +104,21 @@ def _source(file: str, records: Sequence[dict[str, Any]]) -> str:
         f"{sampling['max_tokens']} tokens; {same} of {num_answers} answers were the same in "
         "every run.\n"
         f"* {settings['dtype']}, batch {settings['batch_size']}, {settings['repeats']} runs after "
-        f"a warm-up; {machine}; {versions}; commit {commit[:12]}{changed}.\n"
-        f"* Again: `{facts['command']}`"
+        f"a warm-up; {' and '.join(machines)}.\n"
+        f"* Again: {', then '.join(f'`{command}`' for command in commands)}"
     )
+
+
+def _machine(facts: dict[str, Any]) -> str:
+    gpu, commit = facts["gpu"], facts["commit"]
+    machine = gpu["name"] if gpu else f"{facts['cpu']['count']} x {facts['cpu']['model']}"
+    versions = ", ".join(
+        f"{name} {facts['versions'][name]}"
+        for name in ("vllm", "torch", "python")
+        if name in facts["versions"]
+    )
+    changed = ", with local changes" if commit["dirty"] else ""
+    return f"{machine}; {versions}; commit {(commit['id'] or 'unknown')[:12]}{changed}"
 
 
 def tuning_table() -> str:

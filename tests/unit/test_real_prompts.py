@@ -276,6 +276,53 @@ class TestRuns:
             # Prompt, answer and a last step's drafts have room, also with the larger K.
             assert job["sampling"]["max_prompt_tokens"] == 512 - 40 - 5 - 1
 
+    def test_resume_measures_what_is_missing_and_refuses_other_settings(
+        self, tmp_path, monkeypatch, capsys
+    ):
+        path, output = write_lines(tmp_path / "q.jsonl", SPEC_BENCH), tmp_path / "out.json"
+        measured = []
+
+        def run_job(job, folder):
+            settings = real_prompts.Settings(**job["settings"])
+            measured.append((job["mode"], settings.exit_layer))
+            return record(
+                job["mode"], answer("81#0", 9, 4, 4, total_ms=[1], tpot_ms=[1])
+            ) | {
+                "settings": settings.identity() | {"batch_size": 1},
+                "sampling": job["sampling"],
+                "questions": job["source"],
+                "later_turns_left_out": {},
+                "runs_tokens_per_s": [1.0],
+            }  # fmt: skip
+
+        def main(*options):
+            argv = ["real_prompts.py", "--model", str(EMBEDDED), "--questions", str(path)]
+            monkeypatch.setattr(sys, "argv", [*argv, "--output", str(output), *options])
+            return real_prompts.main()
+
+        monkeypatch.setattr(real_prompts, "run_job", run_job)
+        assert main("--pairs", "3:5") == 0
+        assert main("--pairs", "3:5", "9:5", "--resume") == 0
+        assert measured == [("plain", 3), ("layerskip", 3), ("layerskip", 9)]
+        assert main("--pairs", "3:5", "9:5", "--max-tokens", "8", "--resume") == 2
+        assert "has other runs (plain;" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            main("--pairs", "3:5")
+        assert "exists. Add --resume" in capsys.readouterr().err
+        assert len(measured) == len(real_prompts.load(output)) == 3
+
+    def test_the_modes_that_do_not_fail_are_kept(self, tmp_path, monkeypatch, capsys):
+        path = write_lines(tmp_path / "q.jsonl", SPEC_BENCH)
+
+        def run_job(job, folder):
+            raise RuntimeError(f"{job['mode']} failed:\nits log")
+
+        monkeypatch.setattr(real_prompts, "run_job", run_job)
+        argv = ["real_prompts.py", "--model", str(EMBEDDED), "--questions", str(path)]
+        monkeypatch.setattr(sys, "argv", argv)
+        assert real_prompts.main() == 1
+        assert capsys.readouterr().err.count("failed:\nits log") == 2
+
     @pytest.mark.parametrize(
         ("options", "error"),
         [
