@@ -33,7 +33,9 @@ def main() -> None:
     # Replicas get the variables that this process has.
     names = ("TRITON_INTERPRET", "OMP_NUM_THREADS", "VLLM_CPU_KVCACHE_SPACE")
     variables = {name: os.environ[name] for name in names if name in os.environ}
-    ray.init(runtime_env={"env_vars": variables})
+    # On CPUs each replica takes one, and Ray Data's other stages need some, too.
+    options = {"num_cpus": args.num_replicas + 2} if args.cpu else {}
+    ray.init(runtime_env={"env_vars": variables}, **options)
 
     config = vLLMEngineProcessorConfig(
         model_source=args.model,

@@ -34,6 +34,8 @@ def llm_config(args: argparse.Namespace) -> LLMConfig:
     engine: dict[str, Any] = {
         "speculative_config": speculative_config(args),
         "tensor_parallel_size": args.tensor_parallel_size,
+        # Answers say how many drafts were accepted.
+        "per_request_spec_decode_metrics": "summary",
     }
     if args.max_model_len is not None:
         engine["max_model_len"] = args.max_model_len

@@ -35,7 +35,7 @@ def _command(folder: Path, *options: str) -> list[str]:
 
 def _generate(folder: Path, *options: str) -> str:
     process = subprocess.run(
-        _command(folder, *options), env=ENVIRONMENT, text=True, timeout=500, check=False,
+        _command(folder, *options), env=ENVIRONMENT, text=True, timeout=300, check=False,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert process.returncode == 0, process.stdout[-6000:]
@@ -133,7 +133,7 @@ def test_a_replica_that_is_killed_loses_and_doubles_nothing(tmp_path, prompts, e
     victims = set(_victims(victim)) - before
     assert victims
     os.kill(min(victims), signal.SIGKILL)
-    assert process.wait(timeout=400) == 0, (tmp_path / "log").read_text()[-6000:]
+    assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()[-6000:]
     _check(tmp_path, expected, repeat)
 
 

@@ -135,3 +135,32 @@ def test_from_prompts_to_auto(
     run_tune(*command)
     assert (results / "cells.csv").read_bytes() == before
     assert (results / "map.png").exists()
+
+
+@pytest.mark.slow
+def test_on_a_ray_cluster(checkpoint: Path, tmp_path: Path) -> None:
+    """Ray tasks on this machine, cut off by a lost row, then gone on with."""
+    pytest.importorskip("ray")
+    file, results = tmp_path / "prompts.jsonl", tmp_path / "results"
+    file.write_text('"def main():"\n"import os"\n')
+    command = (
+        "--model", checkpoint, "--prompts", file, "--max-tokens", 24, "--dry-run", "--ray",
+        "--num-speculative-tokens", "1-2", "--exit-layers", "3,6", "--repeats", 1,
+        "--num-measured", 0, "--enforce-eager", "--cells-per-process", 3, "--results", results,
+    )  # fmt: skip
+    run_tune(*command)
+    rows = load_rows(results / "cells.csv")
+    (plain,) = (row for row in rows if row.cell == PLAIN)
+    assert {row.cell for row in rows} > {(3, 1), (3, 2), (6, 1), (6, 2)}
+    for row in rows:
+        if row.cell != PLAIN:
+            assert row.num_accepted_tokens > 0
+            assert num_equal_outputs(row, plain) == (2, 2)
+    lines = (results / "cells.csv").read_text().splitlines(keepends=True)
+    (results / "cells.csv").write_text("".join(lines[:-1]))
+    run_tune(*command)
+    again = load_rows(results / "cells.csv")
+    # The others were not measured again.
+    assert again[:-1] == rows[:-1]
+    assert again[-1].cell == rows[-1].cell
+    assert again[-1].outputs == rows[-1].outputs

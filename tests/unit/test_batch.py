@@ -7,19 +7,24 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_layerskip.batch import job
 from vllm_layerskip.batch.output import PARTIAL, Answer, Journal, write_output
 from vllm_layerskip.batch.parameters import PARAMETERS, merged
-from vllm_layerskip.batch.ray_data import Cluster, processor_arguments
+from vllm_layerskip.batch.ray_data import Cluster, check_room, processor_arguments
 from vllm_layerskip.batch.rows import input_files, read_rows
 from vllm_layerskip.batch.settings import JobSettings, claim, clear
 from vllm_layerskip.cli import main
 from vllm_layerskip.commands import UserError
 
 DEFAULTS = merged({}, None)
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 
 def _write(path: Path, *records) -> Path:
@@ -103,6 +108,9 @@ def test_parquet_in_and_out(tmp_path):
     assert "this one has none of them" in rows[1]["error"]
 
 
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.data())
 def test_a_run_that_was_cut_off_anywhere_goes_on_and_answers_each_row_once(tmp_path_factory, data):
     tmp_path = tmp_path_factory.mktemp("job")
@@ -255,3 +263,25 @@ def test_arguments_of_ray_datas_processor():
     assert arguments["placement_group_config"] == {"bundle_per_worker": {"CPU": 1}}
     assert arguments["should_continue_on_error"]
     assert "placement_group_config" not in processor_arguments(settings, Cluster(3))
+
+
+@pytest.mark.parametrize(
+    ("device", "resources", "size", "error"),
+    [
+        ("cuda", {"GPU": 8, "CPU": 1}, 2, None),
+        ("cuda", {"GPU": 7}, 2, "they need 8 GPUs, and the cluster has 7"),
+        ("cuda", {"CPU": 64}, 1, "they need 4 GPUs, and the cluster has 0"),
+        ("cpu", {"CPU": 5}, 1, None),
+        # Ray Data's other stages would never get a CPU.
+        ("cpu", {"CPU": 4}, 1, "they need 5 CPUs, and the cluster has 4"),
+    ],
+)
+def test_a_cluster_that_is_too_small_is_an_error_and_no_endless_wait(
+    device, resources, size, error
+):
+    settings = JobSettings("m", None, {"tensor_parallel_size": size}, DEFAULTS)
+    if error is None:
+        check_room(resources, Cluster(4, device=device), settings)
+    else:
+        with pytest.raises(UserError, match=error):
+            check_room(resources, Cluster(4, device=device), settings)

@@ -19,6 +19,7 @@ def answers(rows: Iterable[Row], settings: JobSettings) -> Iterator[Answer]:
     there are rows, and no more than these are in memory.
     """
     from vllm import LLM
+    from vllm.exceptions import VLLMClientError
 
     llm = LLM(**engine_arguments(settings))
     engine = llm.llm_engine
@@ -31,7 +32,7 @@ def answers(rows: Iterable[Row], settings: JobSettings) -> Iterator[Answer]:
                 tokenizer = llm.get_tokenizer()
             try:
                 _add(engine, tokenizer, row)
-            except (ValueError, TypeError) as error:
+            except (VLLMClientError, ValueError, TypeError) as error:
                 # What vLLM says of a request that it cannot serve, such as a prompt too long.
                 yield Answer(row.index, error=f"{type(error).__name__}: {error}")
             else:

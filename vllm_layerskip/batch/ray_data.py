@@ -21,6 +21,7 @@ from vllm_layerskip.batch.rows import Row
 from vllm_layerskip.batch.settings import JobSettings
 from vllm_layerskip.commands import UserError
 
+_OTHER_CPUS = 2
 _HANDED_ON = ("TRITON_", "VLLM_", "OMP_", "HF_", "LAYERSKIP_", "TOKENIZERS_")
 
 
@@ -50,18 +51,7 @@ def answers(rows: Iterable[Row], settings: JobSettings, cluster: Cluster) -> Ite
             f"--num-replicas {cluster.num_replicas}: Ray Data's LLM processor cannot be imported "
             f"({error}). Install the extra: pip install 'vllm-layerskip[ray]'"
         ) from None
-    variables = {
-        name: value for name, value in os.environ.items() if name.startswith(_HANDED_ON)
-    }  # fmt: skip
-    try:
-        ray.init(
-            address=cluster.address,
-            ignore_reinit_error=True,
-            runtime_env={"env_vars": variables},
-            log_to_driver=False,
-        )
-    except ConnectionError as error:
-        raise UserError(f"--ray-address {cluster.address}: {error}") from None
+    _join(cluster, settings)
     processor = build_processor(
         vLLMEngineProcessorConfig(**processor_arguments(settings, cluster)),
         preprocess=_to_request,
@@ -74,8 +64,53 @@ def answers(rows: Iterable[Row], settings: JobSettings, cluster: Cluster) -> Ite
     # Blocks of the size of a task: a replica's loss costs no more than its tasks.
     num_blocks = -(-len(requests) // cluster.rows_per_task)
     dataset = ray.data.from_items(requests, override_num_blocks=min(num_blocks, len(requests)))
-    for result in processor(dataset).iter_rows():
-        yield _answer(result)
+    try:
+        for result in processor(dataset).iter_rows():
+            yield _answer(result)
+    finally:
+        ray.shutdown()
+
+
+def _join(cluster: Cluster, settings: JobSettings) -> None:
+    """Start or join Ray.
+
+    Raises:
+        UserError: there is no cluster at the address, or it has no room for the replicas.
+    """
+    import ray
+
+    variables = {n: value for n, value in os.environ.items() if n.startswith(_HANDED_ON)}
+    options: dict[str, Any] = {}
+    if cluster.device == "cpu" and cluster.address is None:
+        # Ray Data's own stages need CPUs beside those of the replicas, or all would wait forever.
+        options["num_cpus"] = cluster.num_replicas + _OTHER_CPUS
+    try:
+        ray.init(
+            address=cluster.address,
+            ignore_reinit_error=True,
+            runtime_env={"env_vars": variables},
+            log_to_driver=False,
+            **options,
+        )
+    except (ConnectionError, ValueError) as error:
+        raise UserError(f"--ray-address {cluster.address}: {error}") from None
+    check_room(ray.cluster_resources(), cluster, settings)
+
+
+def check_room(resources: Mapping[str, float], cluster: Cluster, settings: JobSettings) -> None:
+    """See that all replicas can be placed.
+
+    Raises:
+        UserError: they cannot; Ray would wait for more nodes forever.
+    """
+    size = int(settings.engine_args.get("tensor_parallel_size", 1))
+    kind, spare = ("CPU", 1) if cluster.device == "cpu" else ("GPU", 0)
+    needed, there = cluster.num_replicas * size + spare, resources.get(kind, 0)
+    if there < needed:
+        raise UserError(
+            f"--num-replicas {cluster.num_replicas}: they need {needed} {kind}s, and the cluster "
+            f"has {there:.0f}. Lower it, or use another --ray-address."
+        )
 
 
 def processor_arguments(settings: JobSettings, cluster: Cluster) -> dict[str, Any]:
