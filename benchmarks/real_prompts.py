@@ -320,8 +320,6 @@ def load(path: Path) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    # So that a mode's process ends with this one.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     args = parse_args()
     try:
         todo = jobs(args)
@@ -364,4 +362,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # So that a mode's process ends with this one.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(main())
