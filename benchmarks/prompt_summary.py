@@ -71,6 +71,12 @@ def summarize(record: Mapping[str, Any], plain: Mapping[str, Any]) -> list[Categ
     return [*results, _result(ALL, pairs, is_greedy)] if len(categories) != 1 else results
 
 
+def runs_spread(record: Mapping[str, Any]) -> float:
+    """(max - min) / median of the throughput of a record's runs."""
+    speeds = record["runs_tokens_per_s"]
+    return (max(speeds) - min(speeds)) / statistics.median(speeds)
+
+
 def outputs_differ(record: Mapping[str, Any], plain: Mapping[str, Any]) -> bool:
     """Whether any greedy answer is not plain decoding's, or one of the two is missing."""
     ours, theirs = (

@@ -234,48 +234,52 @@ def is_record_of(record: Mapping[str, Any], job: Mapping[str, Any]) -> bool:
     )
 
 
-def table(records: Sequence[dict[str, Any]], *, overall: bool = False) -> str:
-    """All modes as Markdown, category by category or over all of them."""
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """All modes, category by category, as Markdown."""
     plain = next(record for record in records if record["mode"] == "plain")
     rows: dict[str, list[list[str]]] = {}
     for record in records:
-        results = summarize(record, plain)
-        for result in results[-1:] if overall else results:
+        for result in summarize(record, plain):
             cells = [
                 result.category,
                 str(result.num_questions),
                 str(result.num_answers),
                 f"{result.num_tokens:.0f}",
                 label(record),
-                _two_digits(result.acceptance_length),
+                two_digits(result.acceptance_length),
                 f"{result.tokens_per_s:.1f}",
-                _two_digits(result.speedup),
-                _two_digits(result.decoding_speedup),
+                two_digits(result.speedup),
+                two_digits(result.decoding_speedup),
                 "" if result.num_equal is None else f"{result.num_equal} of {result.num_answers}",
             ]
             rows.setdefault(result.category, []).append(cells)
     return markdown(HEADER, [cells for of_category in rows.values() for cells in of_category])
 
 
-def _two_digits(value: float | None) -> str:
+def two_digits(value: float | None) -> str:
+    """A cell."""
     return "" if value is None else f"{value:.2f}"
 
 
-def category_table(records: Sequence[dict[str, Any]]) -> str:
-    """Acceptance length and speed-up of LayerSkip's modes, a row for each category."""
+def category_table(records: Sequence[dict[str, Any]], *, speedups: bool) -> str:
+    """Acceptance length of LayerSkip's modes, and their speed-up, a row for each category."""
     plain = next(record for record in records if record["mode"] == "plain")
     drafting = [record for record in records if record["mode"] == "layerskip"]
     results = [summarize(record, plain) for record in drafting]
     header = ["category", "questions", "answers"]
     for record in drafting:
         name = label(record).removeprefix("layerskip, ")
-        header += [f"acceptance length, {name}", f"speed-up, {name}"]
+        header.append(f"acceptance length, {name}")
+        if speedups:
+            header.append(f"speed-up, {name}")
     body = []
     for of_category in zip(*results, strict=True):
         first = of_category[0]
         cells = [first.category, str(first.num_questions), str(first.num_answers)]
         for result in of_category:
-            cells += [_two_digits(result.acceptance_length), _two_digits(result.speedup)]
+            cells.append(two_digits(result.acceptance_length))
+            if speedups:
+                cells.append(two_digits(result.speedup))
         body.append(cells)
     return markdown(header, body)
 

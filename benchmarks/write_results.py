@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from check_tuning import Comparison, compare
 from pages import write_tables
-from prompt_summary import label, summarize
-from real_prompts import category_table, left_out, load, table
+from prompt_summary import label, runs_spread, summarize
+from real_prompts import category_table, left_out, load, two_digits
 from report import markdown
 from report import report as decode_report
 
@@ -34,6 +34,8 @@ FIGURES = ROOT / "docs" / "figures"
 PROMPTS = ROOT / "benchmarks" / "results" / "real-prompts"
 TUNING = ROOT / "docs" / "tuning" / "embedded-cpu"
 SCORES = ROOT / "vllm_layerskip" / "checkpoint" / "scores.json"
+LARGEST_SPREAD = 0.2
+"""Of a mode's runs, beyond which no ratio of speeds is shown."""
 # Okabe and Ito's palette, told apart with every kind of colour vision.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000", "#999999")
 _RC: Any = {"svg.hashsalt": "vllm-layerskip", "svg.fonttype": "none", "font.size": 8}
@@ -56,25 +58,20 @@ def checkpoint_table() -> str:
             [
                 str(e),
                 f"{our_exit['accuracy']:.1%}",
-                *(_two_digits(lengths.get(k)) for k in num_drafts),
+                *(two_digits(lengths.get(k)) for k in num_drafts),
                 f"{twin_exit['accuracy']:.1%}",
-                _two_digits(twin_lengths.get(num_drafts[-1])),
+                two_digits(twin_lengths.get(num_drafts[-1])),
             ]
         )
     return markdown(header, body)
-
-
-def _two_digits(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
 
 
 def _prompts_table(name: str) -> Callable[[], str]:
     def made() -> str:
         records = load(PROMPTS / f"{name}.json")
         parts = (
-            table(records, overall=True),
-            category_table(records),
-            _runs(records),
+            _modes(records),
+            category_table(records, speedups=_is_steady(records)),
             left_out(records),
             _source(f"benchmarks/results/real-prompts/{name}.json", records),
         )
@@ -83,10 +80,35 @@ def _prompts_table(name: str) -> Callable[[], str]:
     return made
 
 
-def _runs(records: Sequence[dict[str, Any]]) -> str:
-    header = ("mode", "tokens/s of each run, all requests together, prefill included")
-    rows = [[label(r), ", ".join(f"{s:.1f}" for s in r["runs_tokens_per_s"])] for r in records]
-    return markdown(header, rows)
+def _is_steady(records: Sequence[dict[str, Any]]) -> bool:
+    return all(runs_spread(record) <= LARGEST_SPREAD for record in records)
+
+
+def _modes(records: Sequence[dict[str, Any]]) -> str:
+    """A row for each mode, over all categories; a ratio of speeds only where runs agree."""
+    plain = next(record for record in records if record["mode"] == "plain")
+    is_steady = _is_steady(records)
+    header = ["mode", "acceptance length", "equal to plain", "tokens/s of each run", "spread"]
+    body = []
+    for record in records:
+        result = summarize(record, plain)[-1]
+        cells = [
+            label(record),
+            two_digits(result.acceptance_length),
+            "" if result.num_equal is None else f"{result.num_equal} of {result.num_answers}",
+            ", ".join(f"{speed:.1f}" for speed in record["runs_tokens_per_s"]),
+            f"{runs_spread(record):.0%}",
+        ]
+        if is_steady:
+            cells += [two_digits(result.speedup), two_digits(result.decoding_speedup)]
+        body.append(cells)
+    if is_steady:
+        return markdown([*header, "speed-up", "of decoding"], body)
+    note = (
+        f"No speed-up is given: the runs of a mode differ by more than {LARGEST_SPREAD:.0%}, so "
+        "that a ratio would say what else the machine did."
+    )
+    return f"{markdown(header, body)}\n\n{note}"
 
 
 def _source(file: str, records: Sequence[dict[str, Any]]) -> str:

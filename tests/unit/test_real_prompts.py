@@ -246,9 +246,12 @@ class TestStatistics:
             "all",
         ]
         assert "| layerskip, E = 3, K = 5 | 2.93 | 160.0 | 2.00 | 2.18 | 2 of 2 |" in rows[1]
-        (plain, ours) = real_prompts.table([self.PLAIN, self.OURS], overall=True).splitlines()[2:]
-        assert (plain, ours) == (rows[-2], rows[-1])
-        assert "| c | 1 | 2 | 2.93 | 2.00 |" in real_prompts.category_table([self.PLAIN, self.OURS])
+        records = [self.PLAIN, self.OURS]
+        assert "| c | 1 | 2 | 2.93 | 2.00 |" in real_prompts.category_table(records, speedups=True)
+        assert "| c | 1 | 2 | 2.93 |\n" in real_prompts.category_table(records, speedups=False)
+
+    def test_spread(self):
+        assert prompt_summary.runs_spread({"runs_tokens_per_s": [8.0, 10.0, 11.0]}) == 0.3
 
 
 class TestRuns:

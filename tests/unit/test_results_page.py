@@ -52,6 +52,20 @@ def test_a_committed_run_is_whole_clean_and_exact(path):
         assert str(ROOT) not in text
 
 
+@pytest.mark.parametrize(("last", "is_steady"), [(8.5, True), (7.0, False)])
+def test_speed_ups_are_shown_only_where_runs_agree(tmp_path, monkeypatch, last, is_steady):
+    content = json.loads(FILES[0].read_text())
+    for record in content["records"]:
+        record["runs_tokens_per_s"] = [9.0, 9.5, 9.2]
+    content["records"][-1]["runs_tokens_per_s"] = [8.0, 8.2, last]
+    (tmp_path / "one.json").write_text(json.dumps(content))
+    monkeypatch.setattr(write_results, "PROMPTS", tmp_path)
+    table = write_results._prompts_table("one")()
+    assert ("| speed-up | of decoding |" in table) == is_steady
+    assert ("speed-up, E = 3" in table) == is_steady
+    assert ("No speed-up is given" in table) != is_steady
+
+
 def test_every_committed_run_is_on_the_page():
     page = write_results.PAGE.read_text(encoding="utf-8")
     assert FILES
