@@ -145,7 +145,7 @@ def _machine(facts: dict[str, Any]) -> str:
 
 def tuning_table() -> str:
     """The choice of `tune` beside the full sweep's best cells."""
-    if not TUNING.exists():
+    if not (TUNING / "sweep").exists():
         return "No run is committed yet."
     report = json.loads((TUNING / "choice" / "report.json").read_text(encoding="utf-8"))
     digests = {row["settings"] for row in report["measured"]}
@@ -230,7 +230,7 @@ def draw_acceptance(records: Sequence[dict[str, Any]], path: Path) -> None:
             )
         axes.axhline(1, color="#666666", linewidth=0.8)
         axes.set_xticks(range(len(names)), names, rotation=60, ha="right")
-        axes.set_ylabel("acceptance length\n(tokens per verification)")
+        axes.set_ylabel("acceptance length\n(tokens per decoding step)")
         axes.legend(frameon=False, ncols=len(drafting), loc="lower right", bbox_to_anchor=(1, 1))
 
 
@@ -254,7 +254,7 @@ def draw_speeds(tables: Mapping[int, Sequence[dict[str, Any]]], path: Path) -> N
                 label=f"batch {batch_size}",
             )
         axes.set_yticks(range(len(names)), names)
-        axes.invert_yaxis()
+        axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlim(left=0)
         axes.set_xlabel(
             "output tokens/s of all requests together, prefill included; a mark is a run"
