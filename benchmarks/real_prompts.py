@@ -287,20 +287,12 @@ def category_table(records: Sequence[dict[str, Any]], *, speedups: bool) -> str:
 def left_out(records: Sequence[dict[str, Any]]) -> str:
     """How many questions and later turns had no place, by category."""
     too_long = records[0]["questions"]["too_long"]
-    parts = [
-        f"{number} questions{_by_category(counts)} {why}"
-        if kind == "questions"
-        else f"{number} later turns{_by_category(counts)} {why}"
-        for kind, counts, why in (
-            ("questions", too_long, "of the file, whose first prompt is too long"),
-            (
-                "turns",
-                records[0]["later_turns_left_out"],
-                "that their answers before made too long",
-            ),
-        )
-        if (number := sum(counts.values()))
-    ]
+    later = records[0]["later_turns_left_out"]
+    parts = []
+    if too_long:
+        parts.append(f"questions of the file by their first prompt, {_by_category(too_long)}")
+    if later:
+        parts.append(f"later turns, whose prompt has the answer before, {_by_category(later)}")
     if not parts:
         return "Nothing was left out."
     limit = records[0]["sampling"]["max_prompt_tokens"]
@@ -308,7 +300,8 @@ def left_out(records: Sequence[dict[str, Any]]) -> str:
 
 
 def _by_category(counts: dict[str, int]) -> str:
-    return " (" + ", ".join(f"{name} {number}" for name, number in counts.items()) + ")"
+    parts = ", ".join(f"{name} {number}" for name, number in counts.items())
+    return f"{sum(counts.values())} ({parts})"
 
 
 def load(path: Path) -> list[dict[str, Any]]:

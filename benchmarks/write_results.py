@@ -105,14 +105,15 @@ def _modes(records: Sequence[dict[str, Any]]) -> str:
     if is_steady:
         return markdown([*header, "speed-up", "of decoding"], body)
     note = (
-        f"No speed-up is given: the runs of a mode differ by more than {LARGEST_SPREAD:.0%}, so "
-        "that a ratio would say what else the machine did."
+        f"No speed-up is given: the runs of some mode differ by more than {LARGEST_SPREAD:.0%}, "
+        "and a ratio would say what else the machine did."
     )
     return f"{markdown(header, body)}\n\n{note}"
 
 
 def _source(file: str, records: Sequence[dict[str, Any]]) -> str:
     machines = dict.fromkeys(_machine(record["provenance"]) for record in records)
+    commits = dict.fromkeys(_commit(record["provenance"]["commit"]) for record in records)
     commands = dict.fromkeys(record["provenance"]["command"] for record in records)
     settings, questions = records[0]["settings"], records[0]["questions"]
     sampling = records[0]["sampling"]
@@ -126,21 +127,24 @@ def _source(file: str, records: Sequence[dict[str, Any]]) -> str:
         f"{sampling['max_tokens']} tokens; {same} of {num_answers} answers were the same in "
         "every run.\n"
         f"* {settings['dtype']}, batch {settings['batch_size']}, {settings['repeats']} runs after "
-        f"a warm-up; {' and '.join(machines)}.\n"
+        f"a warm-up; {' and '.join(machines)}; commit {' and '.join(commits)}.\n"
         f"* Again: {', then '.join(f'`{command}`' for command in commands)}"
     )
 
 
 def _machine(facts: dict[str, Any]) -> str:
-    gpu, commit = facts["gpu"], facts["commit"]
+    gpu = facts["gpu"]
     machine = gpu["name"] if gpu else f"{facts['cpu']['count']} x {facts['cpu']['model']}"
     versions = ", ".join(
         f"{name} {facts['versions'][name]}"
         for name in ("vllm", "torch", "python")
         if name in facts["versions"]
     )
-    changed = ", with local changes" if commit["dirty"] else ""
-    return f"{machine}; {versions}; commit {(commit['id'] or 'unknown')[:12]}{changed}"
+    return f"{machine}; {versions}"
+
+
+def _commit(commit: dict[str, Any]) -> str:
+    return (commit["id"] or "unknown")[:12] + (" with local changes" if commit["dirty"] else "")
 
 
 def tuning_table() -> str:

@@ -358,8 +358,8 @@ class TestRuns:
             "sampling": {"max_prompt_tokens": 458},
         }
         text = real_prompts.left_out([one])
-        assert "86 questions (rag 80, extraction 6) of the file" in text
-        assert "2 later turns (writing 2)" in text
+        assert "questions of the file by their first prompt, 86 (rag 80, extraction 6)" in text
+        assert "later turns, whose prompt has the answer before, 2 (writing 2)" in text
         assert "458 tokens" in text
         empty = one | {"questions": {"too_long": {}}, "later_turns_left_out": {}}
         assert real_prompts.left_out([empty]) == "Nothing was left out."
