@@ -52,7 +52,7 @@ def test_a_committed_run_is_whole_clean_and_exact(path):
         assert str(ROOT) not in text
 
 
-@pytest.mark.parametrize(("last", "is_steady"), [(8.5, True), (7.0, False)])
+@pytest.mark.parametrize(("last", "is_steady"), [(8.5, True), (6.0, False)])
 def test_speed_ups_are_shown_only_where_runs_agree(tmp_path, monkeypatch, last, is_steady):
     content = json.loads(FILES[0].read_text())
     for record in content["records"]:
