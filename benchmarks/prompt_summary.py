@@ -1,35 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run of ``real_prompts.py`` shows, by category.
 
-* **Acceptance length**: tokens a verification, 1 + accepted / drafts, over the category's answers.
-* **Speed-up**: plain decoding's mean time a token over the mode's, as the paper has it: mean over
-  answers, each answer's the median of the runs. It leaves prefill out and gives every answer the
-  same weight.
-* **Equal**: answers with exactly plain decoding's tokens.
+* **Acceptance length**: tokens a decoding step, 1 + accepted drafts / steps, over the category's
+  answers; a step without a draft (n-gram) counts as one token. What a stop token or the token limit
+  cuts off the last step is accepted all the same, as in vLLM's own metric.
+* **Tokens/s**: as Spec-Bench has it, the mean over questions of a question's tokens over the
+  seconds of its requests, prefill included; a request's seconds are the median of the runs.
+* **Speed-up**: the ratio of these means to plain decoding's, on the questions that both answered;
+  Spec-Bench's definition, so that it compares with published tables.
+* **Speed-up of decoding**: plain decoding's mean time a token over the mode's, from a request's
+  first output to its last. Prefill, which speculation does not change, is outside it.
+* **Equal**: answers with exactly plain decoding's tokens, where both are greedy.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 ALL = "all"
 
+Answer = Mapping[str, Any]
+
 
 @dataclass(frozen=True)
 class CategoryResult:
-    """One mode in one category."""
+    """One mode in one category; what was not to be seen is None."""
 
     category: str
+    num_questions: int
     num_answers: int
     num_tokens: float
     """Mean of an answer."""
-    tpot_ms: float
     acceptance_length: float | None
+    tokens_per_s: float
     speedup: float
-    num_equal: int
+    decoding_speedup: float | None
+    num_equal: int | None
 
 
 def label(record: Mapping[str, Any]) -> str:
@@ -37,44 +47,81 @@ def label(record: Mapping[str, Any]) -> str:
     settings = record["settings"]
     if record["mode"] == "plain":
         return "plain"
-    if record["mode"] == "ngram":
-        return f"ngram, K = {settings['num_speculative_tokens']}"
-    return (
-        f"{record['mode']}, E = {settings['exit_layer']}, K = {settings['num_speculative_tokens']}"
-    )
+    parts = [f"K = {settings['num_speculative_tokens']}"]
+    if record["mode"] != "ngram":
+        parts.insert(0, f"E = {settings['exit_layer']}")
+    if settings.get("draft_vocab") and record["mode"].startswith("layerskip"):
+        parts.append(f"draft vocabulary {settings['draft_vocab']}")
+    return ", ".join([record["mode"], *parts])
 
 
 def summarize(record: Mapping[str, Any], plain: Mapping[str, Any]) -> list[CategoryResult]:
-    """Each category in the order of its name, and all of them last."""
+    """Each category in the order of the questions, and all of them last.
+
+    A turn that only one of the two could ask, since their answers before it differ, is left out.
+    """
     theirs = {answer["key"]: answer for answer in plain["answers"]}
-    pairs = [(answer, theirs[answer["key"]]) for answer in record["answers"]]
-    categories = sorted({answer["category"] for answer in record["answers"]})
+    pairs = [(a, theirs[a["key"]]) for a in record["answers"] if a["key"] in theirs]
+    is_greedy = record["sampling"]["temperature"] == 0
+    categories = list(dict.fromkeys(answer["category"] for answer, _ in pairs))
     results = [
-        _result(name, [pair for pair in pairs if pair[0]["category"] == name])
+        _result(name, [pair for pair in pairs if pair[0]["category"] == name], is_greedy)
         for name in categories
     ]
-    return [*results, _result(ALL, pairs)] if len(categories) > 1 else results
+    return [*results, _result(ALL, pairs, is_greedy)] if len(categories) != 1 else results
+
+
+def runs_spread(record: Mapping[str, Any]) -> float:
+    """(max - min) / median of the throughput of a record's runs."""
+    speeds = record["runs_tokens_per_s"]
+    return (max(speeds) - min(speeds)) / statistics.median(speeds)
+
+
+def outputs_differ(record: Mapping[str, Any], plain: Mapping[str, Any]) -> bool:
+    """Whether any greedy answer is not plain decoding's, or one of the two is missing."""
+    ours, theirs = (
+        {answer["key"]: answer["output"] for answer in one["answers"]} for one in (record, plain)
+    )
+    return ours != theirs
 
 
 def _result(
-    category: str, pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
+    category: str, pairs: Sequence[tuple[Answer, Answer]], is_greedy: bool
 ) -> CategoryResult:
-    ours = [answer for answer, _ in pairs]
-    times = [(_median(a["tpot_ms"]), _median(b["tpot_ms"])) for a, b in pairs]
-    timed = [(a, b) for a, b in times if a is not None and b is not None]
-    tpot = statistics.fmean(a for a, _ in timed) if timed else float("nan")
-    plain_tpot = statistics.fmean(b for _, b in timed) if timed else float("nan")
-    num_drafts = sum(answer["num_drafts"] for answer in ours)
+    ours, theirs = [answer for answer, _ in pairs], [answer for _, answer in pairs]
+    num_steps = sum(answer["num_steps"] for answer in ours)
+    num_drafted = sum(answer["num_draft_tokens"] for answer in ours)
     accepted = sum(answer["num_accepted_tokens"] for answer in ours)
+    speed, plain_speed = mean_question_speed(ours), mean_question_speed(theirs)
     return CategoryResult(
         category=category,
+        num_questions=len({answer["question"] for answer in ours}),
         num_answers=len(ours),
         num_tokens=statistics.fmean(answer["num_tokens"] for answer in ours),
-        tpot_ms=tpot,
-        acceptance_length=1 + accepted / num_drafts if num_drafts else None,
-        speedup=plain_tpot / tpot,
-        num_equal=sum(a["output"] == b["output"] for a, b in pairs),
+        acceptance_length=1 + accepted / num_steps if num_drafted else None,
+        tokens_per_s=speed,
+        speedup=speed / plain_speed,
+        decoding_speedup=_decoding_speedup(pairs),
+        num_equal=sum(a["output"] == b["output"] for a, b in pairs) if is_greedy else None,
     )
+
+
+def mean_question_speed(answers: Sequence[Answer]) -> float:
+    """Mean over questions of tokens/s, over all turns of a question."""
+    tokens: dict[str, int] = defaultdict(int)
+    milliseconds: dict[str, float] = defaultdict(float)
+    for answer in answers:
+        tokens[answer["question"]] += answer["num_tokens"]
+        milliseconds[answer["question"]] += _median(answer["total_ms"]) or 0.0
+    return statistics.fmean(1e3 * tokens[name] / milliseconds[name] for name in tokens)
+
+
+def _decoding_speedup(pairs: Sequence[tuple[Answer, Answer]]) -> float | None:
+    times = [(_median(a["tpot_ms"]), _median(b["tpot_ms"])) for a, b in pairs]
+    timed = [(a, b) for a, b in times if a is not None and b is not None]
+    if not timed:
+        return None
+    return statistics.fmean(b for _, b in timed) / statistics.fmean(a for a, _ in timed)
 
 
 def _median(values: Sequence[float | None]) -> float | None:

@@ -6,7 +6,7 @@ format      keys of a line                          category
 ==========  ======================================  ==============================================
 spec-bench  question_id, category, turns (1 or 2)   ``category``
 humaneval   task_id, prompt                         what ``task_id`` has before its last ``/``
-gsm8k       question                                ``gsm8k``
+gsm8k       question                                ``gsm8k``; the id is the line's number
 ==========  ======================================  ==============================================
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ def read_questions(path: Path) -> list[Question]:
             else path.open(encoding="utf-8") as file
         ):
             lines = [(n, line) for n, line in enumerate(file, start=1) if line.strip()]
-    except (OSError, UnicodeDecodeError, EOFError) as error:
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: {error}. Give a readable file of JSON lines.") from None
     questions = [_question(line, f"{path}, line {n}") for n, line in lines]
     if not questions:
