@@ -42,7 +42,7 @@ def provenance() -> dict[str, Any]:
     ``command`` is what a user typed: the table's, where one process of many runs.
     """
     return {
-        "argv": [_without_root(argument) for argument in sys.argv],
+        "argv": _arguments(),
         "command": os.environ.get(COMMAND_VARIABLE) or command_line(),
         "commit": _commit(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -54,11 +54,15 @@ def provenance() -> dict[str, Any]:
 
 def command_line() -> str:
     """This process's command, as it would be typed in the repository's root."""
-    return shlex.join(["python", *map(_without_root, sys.argv)])
+    arguments = _arguments()
+    python = ["python"] if arguments[0].endswith(".py") else []
+    return shlex.join([*python, *arguments])
 
 
-def _without_root(argument: str) -> str:
-    return argument.removeprefix(f"{_ROOT}/")
+def _arguments() -> list[str]:
+    """Without the folders of this machine: of the repository, and of an installed command."""
+    program, *arguments = (argument.removeprefix(f"{_ROOT}/") for argument in sys.argv)
+    return [Path(program).name if Path(program).is_absolute() else program, *arguments]
 
 
 def _commit() -> dict[str, Any]:

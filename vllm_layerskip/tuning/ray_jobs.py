@@ -80,7 +80,7 @@ def connect(address: str | None, device: str | None, accelerator_type: str | Non
     else:
         cluster = Cluster("cuda", "", one_type(with_gpus, accelerator_type))
     # The driver's own machine may have no GPU, or another one.
-    facts = ray.get(ray.remote(_facts).options(**cluster.task_options(1)).remote())
+    facts = ray.get(ray.remote(**cluster.task_options(1))(_facts).remote())
     return replace(cluster, machine=facts["machine"])
 
 
@@ -134,7 +134,7 @@ def measure_on_cluster(
     import ray
 
     num_gpus = int(job.engine.engine_args.get("tensor_parallel_size", 1))
-    task = ray.remote(_work).options(**cluster.task_options(num_gpus))
+    task = ray.remote(**cluster.task_options(num_gpus))(_work)
     cells_of: dict[Any, tuple[tuple[int, int], ...]] = {}
     for start in range(0, len(job.cells), cells_per_task):
         part = replace(job, cells=job.cells[start : start + cells_per_task])
@@ -201,7 +201,7 @@ def agreement_on_cluster(
 
     num_gpus = int(job.engine.engine_args.get("tensor_parallel_size", 1))
     request = agreement_request(job, exit_layers, draft_vocab, generator, Path("agreement.npz"))
-    task = ray.remote(_work).options(**cluster.task_options(num_gpus))
+    task = ray.remote(**cluster.task_options(num_gpus))(_work)
     reference = task.remote(request)
     _result(reference, "the agreement pass", identity)
     path.write_bytes(ray.get(reference)[2])
