@@ -10,12 +10,12 @@ give the same command again. With --num-replicas above 1, Ray Data runs that man
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_layerskip.commands import UserError
+from vllm_layerskip.commands.arguments import json_object
 
 if TYPE_CHECKING:
     from vllm_layerskip.batch.output import Answer
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("cuda", "cpu"), help="Default: cuda if there is a GPU."
     )
     engine.add_argument(
-        "--engine-args", type=_json_object, default={}, metavar="JSON",
+        "--engine-args", type=json_object, default={}, metavar="JSON",
         help='Further arguments of vLLM\'s LLM, such as \'{"max_num_seqs": 64}\'.',
     )  # fmt: skip
     replicas = parser.add_argument_group("replicas")
@@ -86,16 +86,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rows-per-task", type=int, default=16, metavar="N",
         help="Rows that a replica takes, and that run again if it dies, at once. Default: 16.",
     )  # fmt: skip
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON ({error}).") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a JSON object.")
-    return value
 
 
 def run(args: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_layerskip.commands import UserError
+from vllm_layerskip.commands.arguments import json_object
 
 if TYPE_CHECKING:
     from vllm_layerskip.tuning.agreement import Agreement
@@ -75,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--draft-vocab", metavar="FILE", help="As `vllm serve --draft-vocab`.")
     engine.add_argument("--enforce-eager", action="store_true", help="No compilation, no graphs.")
     engine.add_argument(
-        "--engine-args", type=_json_object, default={}, metavar="JSON",
+        "--engine-args", type=json_object, default={}, metavar="JSON",
         help='Further arguments of vLLM\'s LLM, such as \'{"tensor_parallel_size": 2}\'.',
     )  # fmt: skip
     work = parser.add_argument_group("work")
@@ -547,16 +548,6 @@ def _num_measured(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} must be a number of cells, or 'all'")
     return int(text)
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a JSON object")
-    return value
 
 
 def _make_folder(path: Path) -> None:
