@@ -73,9 +73,10 @@ class ExitStates:
     ) -> None:
         """Keep the first ``num_steps`` tokens of each row as passes ``first_step``, ..."""
         hidden_size = self.states.shape[-1]
+        end_step = first_step + num_steps
         _store_kernel[(idx_mapping.shape[0], num_steps)](
-            self.states[0, :, first_step:],
-            self.states[1, :, first_step:],
+            self.states[0, :, first_step:end_step],
+            self.states[1, :, first_step:end_step],
             self.states.stride(1),
             self.states.stride(2),
             idx_mapping,
@@ -127,8 +128,8 @@ class ExitStates:
 
 @triton.jit
 def _store_kernel(  # type: ignore[no-untyped-def]
-    hidden_states_out_ptr,  # [S, K, H], from the first step on
-    residual_out_ptr,  # [S, K, H]
+    hidden_states_out_ptr,  # [S, num_steps, H]
+    residual_out_ptr,  # [S, num_steps, H]
     req_stride,
     step_stride,
     idx_mapping_ptr,  # [R]

@@ -246,6 +246,33 @@ def test_what_was_sampled_is_appended(seed, with_counts, with_queries):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_inputs_of_the_first_draft_pass(seed):
+    rows = Rows(seed)
+    idx_mapping = rows.permutation()
+    idx_mapping[: rows.num_reqs][rows.draw(0, 4, (rows.num_reqs,)) == 0] = -1
+    seq_lens = rows.seq_lens.clone()
+    seq_lens[0] = 20  # The model's last position is 19.
+    num_sampled = rows.draw(0, 3, (rows.num_reqs,)).int()
+    assert_same(
+        "vllm_layerskip.draft_inputs:_prepare_first_pass_kernel",
+        (1,),
+        idx_mapping,
+        torch.full((MAX_NUM_REQS + 3,), -7, dtype=torch.int32),
+        torch.full((MAX_NUM_REQS + 3,), -7),
+        torch.full((MAX_NUM_REQS + 3,), -7, dtype=torch.int32),
+        torch.zeros(MAX_NUM_REQS + 4, dtype=torch.int32),
+        seq_lens,
+        num_sampled,
+        rows.draw(0, 2, (rows.num_reqs,)).int(),
+        rows.draw(100, 200, (MAX_NUM_REQS, 1)),
+        rows.num_reqs,
+        MAX_NUM_REQS,
+        20,
+        BLOCK_SIZE=16,
+    )
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_inputs_of_the_next_draft_pass(seed):
     rows = Rows(seed)
     idx_mapping = rows.permutation().where(rows.draw(0, 3, (MAX_NUM_REQS,)) > 0, -1)
@@ -268,6 +295,63 @@ def test_inputs_of_the_next_draft_pass(seed):
     for expected, actual in zip(*results, strict=True):
         assert torch.equal(expected, actual)
     assert not torch.equal(results[0][4], torch.full((MAX_NUM_REQS, 3), -7))
+
+
+@pytest.mark.parametrize("num_groups", [1, 3])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_plan_of_a_verify_step(seed, num_groups):
+    rows = Rows(seed)
+    num_drafts, num_padded = 1 + seed % 3, rows.num_reqs + seed % 2
+    num_tokens = num_padded * (num_drafts + 1)
+    assert_same(
+        "vllm_layerskip.model_state:_prepare_plan_kernel",
+        (1,),
+        torch.full((MAX_NUM_REQS,), -7),
+        torch.full((MAX_NUM_REQS + 1,), -7, dtype=torch.int32),
+        torch.full((num_groups, MAX_NUM_REQS), -7),
+        MAX_NUM_REQS,
+        rows.idx_mapping,
+        rows.draw(0, 90, (num_groups, num_tokens)),
+        num_tokens,
+        0 if seed == 5 else rows.num_reqs,  # None, where a graph is captured.
+        rows.num_reqs,
+        num_padded,
+        num_drafts,
+        NUM_KV_CACHE_GROUPS=num_groups,
+        BLOCK_SIZE=16,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens_per_req", [1, 3])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_exit_states_of_a_draft_pass(seed, num_tokens_per_req, dtype):
+    rows = Rows(seed)
+    hidden_size, num_steps = 5, min(num_tokens_per_req, 1 + seed % 2)
+    rows.idx_mapping[1:][rows.draw(0, 3, (rows.num_reqs - 1,)) == 0] = -1
+    # Views of larger buffers, as in a step.
+    num_tokens = rows.num_reqs * num_tokens_per_req + seed
+    given = torch.randn(2, num_tokens, hidden_size + 3, generator=rows.generator).to(dtype)
+    results = []
+    for kernel in kernels("vllm_layerskip.exit_states:_store_kernel"):
+        states = torch.full((2, MAX_NUM_REQS, 4, hidden_size), 7, dtype=dtype)
+        kernel[(rows.num_reqs, num_steps)](
+            states[0, :, 1 : 1 + num_steps],
+            states[1, :, 1 : 1 + num_steps],
+            states.stride(1),
+            states.stride(2),
+            rows.idx_mapping,
+            given[0, :, :hidden_size],
+            hidden_size + 3,
+            given[1, :, :hidden_size],
+            hidden_size + 3,
+            num_tokens_per_req,
+            hidden_size,
+            BLOCK_SIZE=8,
+        )
+        results.append(states)
+    assert torch.equal(*results)
+    assert not (results[0] == 7).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

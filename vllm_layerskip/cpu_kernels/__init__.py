@@ -11,9 +11,8 @@ replaced through vLLM's own ``register_kernels``, so that times on a CPU are the
 * ``randomness``: vLLM's and Triton's random bits, so that seeds keep their meaning.
 
 Two of them do not run in the interpreter at all (``_topk_topp_kernel`` and, with
-probabilistic drafts, ``_resample_kernel``). ``_gather_block_tables_kernel`` and our own
-``_store_kernel`` stay: how much they write is said by the launch grid alone, which a
-replacement is not given.
+probabilistic drafts, ``_resample_kernel``). ``_gather_block_tables_kernel`` stays: how much
+it writes is said by the launch grid alone, which a replacement is not given.
 
 Only for a CPU in interpret mode; ``tests/unit/test_cpu_kernels.py`` holds each function
 against the kernel that it replaces. A function's parameters are those of the kernel's that
@@ -49,7 +48,10 @@ REPLACEMENTS: dict[str, Callable[..., None]] = {
     f"{_GPU}.input_batch:_expand_idx_mapping_kernel": batch.expand_idx_mapping,
     f"{_GPU}.input_batch:_get_num_sampled_and_rejected_kernel": batch.count_sampled_and_rejected,
     f"{_GPU}.input_batch:_post_update_kernel": batch.post_update,
+    "vllm_layerskip.draft_inputs:_prepare_first_pass_kernel": batch.prepare_first_drafts,
     "vllm_layerskip.draft_inputs:_advance_kernel": batch.advance_drafts,
+    "vllm_layerskip.model_state:_prepare_plan_kernel": batch.prepare_verify_plan,
+    "vllm_layerskip.exit_states:_store_kernel": batch.store_exit_states,
     "vllm_layerskip.exit_states:_gather_kernel": batch.gather_exit_states,
     f"{_GPU}.sample.gumbel:_temperature_kernel": sampling.apply_temperature,
     f"{_GPU}.sample.gumbel:_gumbel_sample_kernel": sampling.gumbel_sample,

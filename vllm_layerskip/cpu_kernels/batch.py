@@ -158,6 +158,39 @@ def post_update(
         num_computed_tokens_ptr[requests] += query_lens[batch_rows]
 
 
+def prepare_first_drafts(
+    idx_mapping_ptr: torch.Tensor,  # [S], written; -1 drafts nothing
+    input_ids_ptr: torch.Tensor,  # [>= S], written
+    positions_ptr: torch.Tensor,  # [>= S], written
+    seq_lens_ptr: torch.Tensor,  # [>= S], written
+    query_start_loc_ptr: torch.Tensor,  # [>= S + 1], written
+    target_seq_lens_ptr: torch.Tensor,  # [>= R]
+    num_sampled_ptr: torch.Tensor,  # [R]
+    num_rejected_ptr: torch.Tensor,  # [R]
+    last_sampled_ptr: torch.Tensor,  # [S, 1]
+    num_reqs: int,
+    max_num_reqs: int,
+    max_model_len: int,
+) -> None:
+    """Inputs of the first draft pass (``vllm_layerskip.draft_inputs``)."""
+    requests = idx_mapping_ptr[:num_reqs]
+    positions = target_seq_lens_ptr[:num_reqs] - num_rejected_ptr[:num_reqs]
+    drafts = (requests >= 0) & (num_sampled_ptr[:num_reqs] > 0) & (positions < max_model_len)
+    tokens = last_sampled_ptr.view(-1)[requests.clamp(min=0).long()]
+    positions = positions.masked_fill(~drafts, 0)
+    for buffer, values in (
+        (input_ids_ptr, tokens.masked_fill(~drafts, 0)),
+        (positions_ptr, positions),
+        (seq_lens_ptr, positions + 1),
+    ):
+        buffer[:num_reqs] = values
+        buffer[num_reqs:max_num_reqs] = 0
+    requests.masked_fill_(~drafts, -1)
+    idx_mapping_ptr[num_reqs:] = -1
+    starts = torch.arange(1, max_num_reqs + 1).clamp_(max=num_reqs)
+    query_start_loc_ptr[1 : max_num_reqs + 1] = starts
+
+
 def advance_drafts(
     idx_mapping_ptr: torch.Tensor,  # [S], of the batch's rows, written; -1 drafts nothing
     input_ids_ptr: torch.Tensor,  # [>= R], written
@@ -179,6 +212,41 @@ def advance_drafts(
     seq_lens = seq_lens_ptr[:num_reqs]
     seq_lens.copy_(torch.where(goes_on, positions + 1, seq_lens))
     requests.masked_fill_(~goes_on, -1)
+
+
+def prepare_verify_plan(
+    idx_mapping_out_ptr: torch.Tensor,  # [S], of the batch's rows, written
+    query_start_loc_out_ptr: torch.Tensor,  # [S + 1], of the batch's rows, written
+    slot_mappings_out_ptr: torch.Tensor,  # [G, S], of the batch's rows, written
+    idx_mapping_ptr: torch.Tensor,  # [num_requests]
+    slot_mappings_ptr: torch.Tensor,  # [G, T]
+    num_requests: int,
+    num_queries: int,
+    num_reqs: int,
+    num_drafts: int,
+) -> None:
+    """The early stage's query in a verify step (``vllm_layerskip.model_state``)."""
+    idx_mapping_out_ptr[:num_requests] = idx_mapping_ptr[:num_requests]
+    idx_mapping_out_ptr[num_requests:num_reqs] = -1
+    query_start_loc_out_ptr[: num_reqs + 1] = torch.arange(num_reqs + 1).clamp_(max=num_queries)
+    last_drafts = torch.arange(num_reqs) * (num_drafts + 1) + num_drafts
+    slot_mappings_out_ptr[:, :num_reqs] = slot_mappings_ptr[:, last_drafts]
+
+
+def store_exit_states(
+    hidden_states_out_ptr: torch.Tensor,  # [S, N, H], written: N passes
+    residual_out_ptr: torch.Tensor,  # [S, N, H], written
+    idx_mapping_ptr: torch.Tensor,  # [R]; -1 stores nothing
+    hidden_states_ptr: torch.Tensor,  # [>= R * num_tokens_per_req, H]
+    residual_ptr: torch.Tensor,  # [>= R * num_tokens_per_req, H]
+    num_tokens_per_req: int,
+) -> None:
+    """Keep the first N tokens of each row (``vllm_layerskip.exit_states``)."""
+    rows = (idx_mapping_ptr >= 0).nonzero().view(-1)
+    requests = idx_mapping_ptr[rows].long()
+    tokens = rows[:, None] * num_tokens_per_req + torch.arange(hidden_states_out_ptr.shape[1])
+    hidden_states_out_ptr[requests] = hidden_states_ptr[tokens]
+    residual_out_ptr[requests] = residual_ptr[tokens]
 
 
 def gather_exit_states(
