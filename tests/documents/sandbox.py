@@ -125,6 +125,8 @@ def run(block: Block, folder: Path, timeout_s: float = 590) -> str:
     else:
         command = ["bash", "-euo", "pipefail", "-c", shortened(block)]
     variables = environment(folder)
+    # Of another document, which may have asked for something else.
+    shutil.rmtree(folder / "out", ignore_errors=True)
     if block.language == "python":
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     process = subprocess.run(
