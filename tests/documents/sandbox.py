@@ -36,6 +36,10 @@ SHORTER: dict[str, str] = {
 """Texts of documents, and what runs in their place."""
 
 
+OUTPUTS = ("out", "layerskip-model")
+"""Folders that a command refuses to write into where another document's command has."""
+
+
 def make(folder: Path) -> Path:
     """A new sandbox."""
     for name in ("README.md", "Makefile", "pyproject.toml", "examples", "tools", "tests", ".git"):
@@ -125,8 +129,8 @@ def run(block: Block, folder: Path, timeout_s: float = 590) -> str:
     else:
         command = ["bash", "-euo", "pipefail", "-c", shortened(block)]
     variables = environment(folder)
-    # Of another document, which may have asked for something else.
-    shutil.rmtree(folder / "out", ignore_errors=True)
+    for output in OUTPUTS:
+        shutil.rmtree(folder / output, ignore_errors=True)
     if block.language == "python":
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     process = subprocess.run(
