@@ -77,9 +77,7 @@ def runs_spread(record: Mapping[str, Any]) -> float:
     return (max(speeds) - min(speeds)) / statistics.median(speeds)
 
 
-def speedup_range(
-    record: Mapping[str, Any], plain: Mapping[str, Any]
-) -> tuple[float, float]:
+def speedup_range(record: Mapping[str, Any], plain: Mapping[str, Any]) -> tuple[float, float]:
     """Lowest and highest ratio of the throughputs of any run and any of plain decoding's."""
     ours, theirs = record["runs_tokens_per_s"], plain["runs_tokens_per_s"]
     return min(ours) / max(theirs), max(ours) / min(theirs)

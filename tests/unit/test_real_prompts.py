@@ -253,7 +253,6 @@ class TestStatistics:
     def test_spread(self):
         assert prompt_summary.runs_spread({"runs_tokens_per_s": [8.0, 10.0, 11.0]}) == 0.3
 
-
     def test_speed_ups_of_any_two_runs(self):
         ours, plain = ({"runs_tokens_per_s": speeds} for speeds in ([8.0, 12.0], [4.0, 5.0, 6.0]))
         assert prompt_summary.speedup_range(ours, plain) == (8 / 6, 3.0)

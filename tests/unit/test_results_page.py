@@ -53,7 +53,9 @@ def test_a_committed_run_is_whole_clean_and_exact(path):
 
 
 @pytest.mark.parametrize(("last", "is_steady"), [(8.5, True), (6.0, False)])
-def test_a_categorys_speed_up_is_shown_only_where_runs_agree(tmp_path, monkeypatch, last, is_steady):
+def test_a_categorys_speed_up_is_shown_only_where_runs_agree(
+    tmp_path, monkeypatch, last, is_steady
+):
     content = json.loads(FILES[0].read_text())
     for record in content["records"]:
         record["runs_tokens_per_s"] = [9.0, 9.5, 9.2]
