@@ -31,13 +31,12 @@ def many_small_engines() -> Iterator[None]:
     import torch._dynamo
     from vllm.model_executor.models import registry
 
-    with pytest.MonkeyPatch.context() as patch:
+    # Command R compiles its norm by itself. (pytest's patch would end with the option deleted.)
+    with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(disable=True):
         # A process for each class that was not seen before.
         patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
         # Full collections of a heap that holds vLLM, transformers and torch.
         patch.setattr(gc, "collect", lambda *args: 0)
-        # Command R compiles its norm by itself.
-        patch.setattr(torch._dynamo.config, "disable", True)
         yield
     gc.collect()
 
