@@ -475,6 +475,7 @@ CONTACTS: tuple[HostContact, ...] = (
             ("Vector", ("name", "labels", "values")),
         )
     ),
+    # Offline batches.
     HostContact("vllm.exceptions:VLLMClientError", (), "caught: a request that is refused"),
     # Workers, and Model Runner V2 on a CPU.
     HostContact("vllm.config:ParallelConfig.worker_extension_cls", (), "set: layerskip_stats"),
