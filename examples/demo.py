@@ -149,8 +149,8 @@ def main() -> None:
     console.print(f"{config!r} on {current_platform.device_name or current_platform.device_type}")
     if current_platform.is_cpu():
         console.print(
-            "On a CPU tokens and acceptance are real; the ratio of the two speeds is mostly Python's, "
-            "and says nothing of a GPU. See docs/gpu.md."
+            "On a CPU tokens and acceptance are real; the ratio of the two speeds is mostly "
+            "Python's, and says nothing of a GPU. See docs/gpu.md."
         )
     same = sum(a.token_ids == b.token_ids for a, b in zip(plain, skip, strict=True))
     console.print(f"{same} of {len(prompts)} answers have exactly plain vLLM's tokens.")
