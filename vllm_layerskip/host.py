@@ -298,6 +298,11 @@ CONTACTS: tuple[HostContact, ...] = (
         ("self",),
         "wrapped: with a schedule _candidates offers the decode graphs of every query length",
     ),
+    HostContact(
+        "vllm.v1.worker.gpu.warmup:warmup_kernels",
+        ("model_runner", "worker_execute_model", "worker_sample_tokens"),
+        "runs steps before the first request, named _warmup_...: they are not counted",
+    ),
     HostContact(f"{_GRAPHS}:CudaGraphManager.run_fullgraph", ("self", "desc"), "called"),
     HostContact(f"{_GRAPHS}:CudaGraphManager.needs_capture", ("self",), "called"),
     HostContact(
@@ -510,6 +515,12 @@ CONTACTS: tuple[HostContact, ...] = (
     ),
     HostContact("vllm.compilation.backends:set_model_tag", ("tag",), "names a compiled stage"),
     HostContact(
+        "vllm.ir.op:IrOp.set_priority",
+        ("self", "priority"),
+        "called: the exit norm, outside of the compiled stages, runs a fused kernel",
+    ),
+    HostContact("vllm.ir.op:IrOp.registry", (), "read: norms and their implementations"),
+    HostContact(
         "vllm.model_executor.models.utils:extract_layer_index",
         ("layer_name",),
         "tells early attention layers from late ones",
@@ -667,14 +678,19 @@ def warn_of_untested_vllm() -> None:
 
 
 def allows_untested_vllm() -> bool:
-    """Whether the user let LayerSkip run on a version that it was not tested on.
+    """Whether the user let LayerSkip run on a version that it was not tested on."""
+    return flag(ALLOW_UNTESTED, default=False)
+
+
+def flag(name: str, default: bool) -> bool:
+    """The environment variable ``name``, 1 or 0.
 
     Raises:
-        ValueError: ``LAYERSKIP_ALLOW_UNTESTED_VLLM`` is neither 0 nor 1.
+        ValueError: it is neither.
     """
-    value = os.environ.get(ALLOW_UNTESTED, "0")
+    value = os.environ.get(name, "1" if default else "0")
     if value not in ("0", "1"):
-        raise ValueError(f"{ALLOW_UNTESTED}={value!r} must be 1 (allow) or 0. Correct or unset it.")
+        raise ValueError(f"{name}={value!r} must be 1 or 0. Correct or unset it.")
     return value == "1"
 
 

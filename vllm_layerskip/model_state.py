@@ -49,8 +49,12 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_layerskip.config import LayerSkipConfig
+from vllm_layerskip.draft_inputs import ROWS_PER_PROGRAM
 from vllm_layerskip.models.stages import early_attn_layer_names
 from vllm_layerskip.verify_plan import VerifyAttnMetadata, VerifyPlan
+
+WARMUP_PREFIX = "_warmup_"
+"""Of the requests that vLLM's ``warmup_kernels`` makes up on a GPU before the first real one."""
 
 
 @dataclass
@@ -78,6 +82,7 @@ class LayerSkipModelState(DefaultModelState):
         self.exit_states = model.exit_states
         self.lora_rows = model.lora_rows
         self.stats = VerifyStats()
+        self._num_weight_loads = model.num_weight_loads
         self.early_attn_groups: list[list[AttentionGroup]] = []
         # What a plan points at; captured graphs read it again at each replay.
         self.idx_mapping = torch.full((self.max_num_reqs,), -1, dtype=torch.int64, device=device)
@@ -121,6 +126,18 @@ class LayerSkipModelState(DefaultModelState):
         for_capture: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
+        self._forget_other_weights()
+        covered = self._covered(input_batch)
+        if for_capture or cudagraph_mode == CUDAGraphMode.FULL:
+            reuses = self._graph_reuses(input_batch)
+            num_reqs = input_batch.num_reqs_after_padding
+        else:
+            reuses, num_reqs = covered, input_batch.num_reqs
+        if reuses and not (covered or for_capture):
+            # Before the graph's own metadata: a backend keeps it in buffers that the graph reads.
+            self._compute_exit_states(
+                input_batch, block_tables, slot_mappings, attn_groups, kv_cache_config
+            )
         attn_metadata = super().prepare_attn(
             input_batch,
             cudagraph_mode,
@@ -131,28 +148,27 @@ class LayerSkipModelState(DefaultModelState):
             for_capture=for_capture,
             **kwargs,
         )
-        if self.lora_rows is not None and input_batch.num_draft_tokens_per_req is not None:
-            self.lora_rows.map_verify(input_batch)
-        covered = self._covered(input_batch)
-        if for_capture or cudagraph_mode == CUDAGraphMode.FULL:
-            reuses = self._graph_reuses(input_batch)
-            num_reqs = input_batch.num_reqs_after_padding
-        else:
-            reuses, num_reqs = covered, input_batch.num_reqs
         if input_batch.num_draft_tokens_per_req is not None:
-            self.stats.num_verify_steps_reused += reuses and covered
-            self.stats.num_verify_steps_full += not (reuses and covered)
+            if self.lora_rows is not None:
+                self.lora_rows.map_verify(input_batch)
+            self._count(input_batch, reuses and covered)
         if not reuses:
             return attn_metadata
-
         plan = self._plan_verify(
             input_batch, num_reqs, block_tables, slot_mappings, kv_cache_config, for_capture
         )
-        if not (covered or for_capture):
-            self._compute_exit_states(
-                input_batch, plan, attn_metadata, slot_mappings, kv_cache_config
-            )
         return VerifyAttnMetadata(attn_metadata, plan)
+
+    def _count(self, input_batch: InputBatch, reused: bool) -> None:
+        if not input_batch.req_ids[0].startswith(WARMUP_PREFIX):
+            self.stats.num_verify_steps_reused += reused
+            self.stats.num_verify_steps_full += not reused
+
+    def _forget_other_weights(self) -> None:
+        """Requests may run on while weights are replaced; their exit states are the old ones'."""
+        if self._num_weight_loads != self.model.num_weight_loads:
+            self._num_weight_loads = self.model.num_weight_loads
+            self.exit_states.invalidate_all()
 
     def _covered(self, input_batch: InputBatch) -> bool:
         """Whether every row verifies the same number of drafts and has their exit states."""
@@ -190,7 +206,7 @@ class LayerSkipModelState(DefaultModelState):
         num_queries = input_batch.num_reqs
         num_requests = 0 if for_capture else num_queries
         assert self.slot_mappings is not None
-        _prepare_plan_kernel[(1,)](
+        _prepare_plan_kernel[(triton.cdiv(num_reqs, ROWS_PER_PROGRAM),)](
             self.idx_mapping,
             self.query_start_loc,
             self.slot_mappings,
@@ -203,7 +219,7 @@ class LayerSkipModelState(DefaultModelState):
             num_reqs,
             num_drafts,
             NUM_KV_CACHE_GROUPS=slot_mappings.shape[0],
-            BLOCK_SIZE=triton.next_power_of_2(num_reqs),
+            BLOCK_SIZE=ROWS_PER_PROGRAM,
         )
         early_slot_mappings = self.slot_mappings[:, :num_reqs]
         seq_lens_cpu_upper_bound = input_batch.seq_lens_cpu_upper_bound
@@ -240,32 +256,47 @@ class LayerSkipModelState(DefaultModelState):
     def _compute_exit_states(
         self,
         input_batch: InputBatch,
-        plan: VerifyPlan,
-        attn_metadata: dict[str, Any],
-        slot_mappings: torch.Tensor,
+        block_tables: tuple[torch.Tensor, ...],
+        slot_mappings: torch.Tensor,  # [num_kv_cache_groups, T]
+        attn_groups: list[list[AttentionGroup]],
         kv_cache_config: KVCacheConfig,
     ) -> None:
-        """Run the early stage over the whole batch; its K/V writes are the forward's own."""
+        """Run the early stage over the whole batch; its K/V writes are the forward's own.
+
+        An eager step with an eager step's metadata, without the padding of the graph to come.
+        """
+        num_reqs, num_tokens = input_batch.num_reqs, input_batch.num_tokens
+        slot_mappings = slot_mappings[:, :num_tokens]
+        attn_metadata = super().prepare_attn(
+            input_batch,
+            CUDAGraphMode.NONE,
+            tuple(block_table[:num_reqs] for block_table in block_tables),
+            slot_mappings,
+            attn_groups,
+            kv_cache_config,
+        )
         with set_forward_context(
             attn_metadata,
             self.vllm_config,
-            num_tokens=input_batch.num_tokens_after_padding,
+            num_tokens=num_tokens,
             slot_mapping=build_slot_mappings_by_layer(slot_mappings, kv_cache_config),
         ):
             hidden_states, residual = self.model.run_early_stage(
-                input_batch.input_ids, input_batch.positions
+                input_batch.input_ids[:num_tokens], input_batch.positions[:num_tokens]
             )
+        num_drafts = int(input_batch.num_scheduled_tokens[0]) - 1
         self.exit_states.store(
             0,
-            plan.idx_mapping,
+            input_batch.idx_mapping,
             hidden_states,
             residual,
-            num_tokens_per_req=plan.num_drafts + 1,
-            num_steps=plan.num_drafts,
+            num_tokens_per_req=num_drafts + 1,
+            num_steps=num_drafts,
         )
 
 
-@triton.jit
+# One variant (see draft_inputs.py): a capture has no requests, a live batch any number.
+@triton.jit(do_not_specialize=["num_requests", "num_queries", "num_reqs", "num_drafts"])
 def _prepare_plan_kernel(  # type: ignore[no-untyped-def]
     idx_mapping_out_ptr,  # [max_num_reqs]
     query_start_loc_out_ptr,  # [max_num_reqs + 1]
@@ -281,7 +312,7 @@ def _prepare_plan_kernel(  # type: ignore[no-untyped-def]
     NUM_KV_CACHE_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    row = tl.arange(0, BLOCK_SIZE)
+    row = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     in_batch = row < num_reqs
     is_request = row < num_requests
     idx_mapping = tl.load(idx_mapping_ptr + row, mask=is_request, other=-1)

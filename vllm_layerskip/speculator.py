@@ -47,7 +47,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_layerskip import __version__, host
-from vllm_layerskip.config import LayerSkipConfig
+from vllm_layerskip.config import DRAFT_GRAPHS, LayerSkipConfig
 from vllm_layerskip.draft_graphs import DraftCudaGraphManager
 from vllm_layerskip.draft_head import DraftHead
 from vllm_layerskip.draft_inputs import advance, prepare_first_pass
@@ -151,6 +151,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
             and self.supports_decode_metadata_update
             and self.lora_rows is None
+            and host.flag(DRAFT_GRAPHS, default=True)
         )
         self.draft_graphs = DraftCudaGraphManager(
             self.vllm_config,

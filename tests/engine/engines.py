@@ -23,6 +23,8 @@ ENGINE_DEFAULTS: dict[str, Any] = {
     # On a GPU everything that vLLM does by default, with an attention that takes float32.
     "enforce_eager": not ON_GPU,
     **({"attention_backend": "TRITON_ATTN"} if ON_GPU else {}),
+    # The KV cache's size is given; this much must be free, and a pool keeps its engines.
+    **({"gpu_memory_utilization": 0.3} if ON_GPU else {}),
     "max_model_len": 256,
     "max_num_seqs": 4,
     "max_num_batched_tokens": 256,

@@ -35,8 +35,10 @@ from vllm.forward_context import (
     override_forward_context,
 )
 from vllm.triton_utils.dispatcher import KernelOverride
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.worker.gpu import cudagraph_utils
+from vllm.v1.worker.gpu.warmup import warmup_kernels
 
 aten = torch.ops.aten
 _HOST_READS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default}
@@ -165,8 +167,11 @@ def stand_in_graphs() -> Iterator[None]:
             (cudagraph_utils, "graph_capture", lambda device: nothing()),
             (cudagraph_utils, "capture_pool", lambda *args: nothing()),
             (cudagraph_utils, "current_stream", lambda: None),
+            (cudagraph_utils, "capture_outside_cumem_pool", nothing),
             (cudagraph_utils.current_platform, "get_global_graph_pool", lambda: None),
+            (cudagraph_utils.current_platform, "graph_pool_handle", lambda: None),
             (builder, "build", _build_metadata(builder.build)),
+            (builder, "_cudagraph_support", AttentionCGSupport.ALWAYS),
             (builder, "supports_draft_decode_metadata_update", True),
             (builder, "update_draft_decode_metadata", lambda self, metadata: None),
             (impl, "forward", _attend(impl.forward)),
@@ -180,19 +185,48 @@ def stand_in_graphs() -> Iterator[None]:
 def capture(runner: Any, capture_sizes: list[int]) -> None:
     """What vLLM's worker does on a GPU whose attention supports full decode graphs."""
     mode = CUDAGraphMode.FULL_DECODE_ONLY
-    config = runner.vllm_config.compilation_config
-    config.cudagraph_mode = mode
-    config.cudagraph_capture_sizes = capture_sizes
-    config.max_cudagraph_capture_size = max(capture_sizes)
+    _ask_for_graphs(runner, mode, capture_sizes)
     runner.cudagraph_manager = cudagraph_utils.ModelCudaGraphManager(
         runner.vllm_config, runner.device, mode, decode_query_len=runner.decode_query_len
     )
     if runner.speculator is not None:
         runner.speculator._configure_decode_metadata_update()
         runner.speculator.init_cudagraph_manager(mode)
+    with _no_accelerator():
+        runner.capture_model(profile_only=True)
+
+
+def start_as_on_a_gpu(worker: Any, capture_sizes: list[int]) -> None:
+    """All that vLLM's worker does there between loading and serving, where a CPU's does little.
+
+    Graphs are captured in a throw-away KV cache to see what they take, and dropped; the KV cache
+    is made anew; kernels are warmed up by a few steps; graphs are captured for good.
+    """
+    runner = worker.model_runner
+    kv_cache_config = runner.kv_cache_config
+    num_gpu_blocks = runner.cache_config.num_gpu_blocks
+    _ask_for_graphs(runner, CUDAGraphMode.FULL_DECODE_ONLY, capture_sizes)
+    with _no_accelerator():
+        cudagraph_utils.profile_cudagraph_memory(runner)
+        runner.cache_config.num_gpu_blocks = num_gpu_blocks
+        runner.initialize_kv_cache(kv_cache_config)
+        warmup_kernels(runner, worker.execute_model, worker.sample_tokens)
+        runner.capture_model(profile_only=True)
+
+
+def _ask_for_graphs(runner: Any, mode: CUDAGraphMode, capture_sizes: list[int]) -> None:
+    config = runner.vllm_config.compilation_config
+    config.cudagraph_mode = mode
+    config.cudagraph_capture_sizes = capture_sizes
+    config.max_cudagraph_capture_size = max(capture_sizes)
+
+
+@contextlib.contextmanager
+def _no_accelerator() -> Iterator[None]:
     # Only here: vLLM's CPU worker puts its own functions there for good.
     with (
         mock.patch.object(torch.accelerator, "empty_cache"),
+        mock.patch.object(torch.accelerator, "synchronize"),
         mock.patch.object(torch.accelerator, "get_memory_info", return_value=(0, 0)),
     ):
-        runner.capture_model(profile_only=True)
+        yield

@@ -29,14 +29,17 @@ def graphs():
     pool = EnginePool()
     settings = {"compilation_config": {"cudagraph_capture_sizes": CAPTURE_SIZES}}
 
-    def start(checkpoint, **spec):
+    def start(checkpoint, engine_settings=None, start=None, **spec):
         known = len(pool)
         engine = pool.get(
-            checkpoint, speculative_config={**SPEC, **spec}, **(settings if ON_GPU else {})
+            checkpoint,
+            speculative_config={**SPEC, **spec},
+            **(settings if ON_GPU else {}),
+            **(engine_settings or {}),
         )
         if len(pool) > known:
             if not ON_GPU:
-                stand_in_graphs.capture(engine.runner, CAPTURE_SIZES)
+                (start or capture_alone)(engine)
             runner = engine.runner
             engine.num_replays = Counter()
             _count_replays(engine, "verify", runner.cudagraph_manager)
@@ -52,6 +55,19 @@ def graphs():
     with tapes:
         yield start
         pool.close()
+
+
+def capture_alone(engine):
+    import stand_in_graphs
+
+    stand_in_graphs.capture(engine.runner, CAPTURE_SIZES)
+
+
+def stand_in_start(engine):
+    import stand_in_graphs
+
+    (worker,) = engine.llm.collective_rpc(lambda worker: worker)
+    stand_in_graphs.start_as_on_a_gpu(worker, CAPTURE_SIZES)
 
 
 def _count_replays(engine, name, manager):
@@ -103,22 +119,38 @@ def test_tokens_equal_plain_decoding(engine, plain, prompts, num_prompts):
     assert counts.num_verify_steps_reused > counts.num_verify_steps_full
 
 
-def test_a_prompt_that_ends_in_one_new_token_has_its_exit_states_computed_first(engine, plain):
-    """vLLM dispatches a cached prompt's last token, padded to a decode, to the decode graph."""
+def test_a_prompt_that_ends_in_one_new_token_has_its_exit_states_computed_first(
+    engine, plain, monkeypatch
+):
+    """vLLM dispatches a cached prompt's last token, padded to a decode, to the decode graph.
+
+    The graph is padded to four rows; what runs before it is an eager step of three.
+    """
     block_size = engine.vllm_config.cache_config.block_size
     prompt = [20 + token % 400 for token in range(block_size + 1)]
     other = [30 + token % 300 for token in range(40)]
+    model, eager_steps = engine.runner.model, []
+    run_early_stage = model.run_early_stage
+
+    def counted(input_ids, positions, *args):
+        eager_steps.append((len(input_ids), len(positions)))
+        return run_early_stage(input_ids, positions, *args)
+
     tokens = {}
     for one in (engine, plain):
         one.greedy([prompt], 4)  # The prompt's full blocks are cached from here on.
         one.start("decodes", other, 20)
+        one.start("decodes, too", other[:30], 20)
         for _ in range(3):
             one.step()
         replayed = engine.num_replays["verify"]
         full = engine.verify_stats()["num_verify_steps_full"]
         one.start("cached", prompt, 10)
-        one.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "run_early_stage", counted)
+            one.step()
         if one is engine:
+            assert eager_steps == [(12, 12)], "three rows of four tokens"
             # Otherwise nothing was at stake in this step.
             assert engine.num_replays["verify"] == replayed + 1
             assert engine.verify_stats()["num_verify_steps_full"] == full + 1
@@ -155,6 +187,12 @@ def test_a_schedule_has_a_graph_per_number_of_drafts_and_none_for_no_drafts(
 ):
     schedule = [[1, 1, 3], [2, 2, 2], [3, 4, 0]]
     engine = graphs(checkpoint, num_speculative_tokens_per_batch_size=schedule)
+    verify = engine.runner.cudagraph_manager.graphs
+    # Of the sizes of each number of drafts, those that the schedule gives it, and one request.
+    assert {(desc.num_reqs, desc.uniform_token_count) for desc in verify} == {
+        *((1, 4), (1, 3), (1, 1)),
+        *((2, 3), (4, 1)),
+    }
     drafts = engine.runner.speculator.draft_graphs.graphs
     assert {(desc.num_reqs, desc.num_speculative_tokens) for desc in drafts} == {(1, 3), (2, 2)}
 
@@ -190,6 +228,35 @@ def test_seeded_samples_are_those_of_an_engine_without_graphs(
         tokens = engine.generate(prompts[:3], params)
     assert tokens == eager.generate(prompts[:3], params)
     counts.assert_speculated()
+    assert engine.num_replays["verify"] > 0
+    assert engine.num_replays["draft"] > 0
+
+
+def test_a_full_batch_drafts_from_a_graph_of_its_own(graphs, plain, checkpoint, prompts):
+    """vLLM's sizes have a full batch's verification, and of three requests' drafts only two."""
+    engine = graphs(checkpoint, engine_settings={"max_num_seqs": 3})
+    drafts = engine.runner.speculator.draft_graphs.graphs
+    assert {desc.num_reqs for desc in drafts} == {1, 2, 3}
+    engine.num_replays.clear()
+    with engine.counting() as counts:
+        assert engine.greedy(prompts[:3], 16) == plain.greedy(prompts[:3], 16)
+    counts.assert_speculated()
+    assert engine.num_replays["draft"] >= engine.num_replays["verify"] > 0
+
+
+@pytest.mark.skipif(ON_GPU, reason="on a GPU every engine starts so")
+def test_an_engine_that_starts_as_on_a_gpu(plain, graphs, checkpoint, prompts):
+    """Graphs that outlive the throw-away KV cache, or read it, would be wrong tokens; vLLM's
+    warm-up steps are nobody's, so they are not counted."""
+    engine = graphs(
+        checkpoint, start=stand_in_start, engine_settings={"max_num_batched_tokens": 128}
+    )
+    assert set(engine.verify_stats().values()) == {0}
+    expected = plain.greedy(prompts[:3], 24)
+    with engine.counting() as counts:
+        assert engine.greedy(prompts[:3], 24) == expected
+    counts.assert_speculated()
+    assert counts.num_verify_steps_reused > counts.num_verify_steps_full
     assert engine.num_replays["verify"] > 0
     assert engine.num_replays["draft"] > 0
 

@@ -81,15 +81,29 @@ def test_what_is_compiled_for_one_setting_is_not_used_for_another(engine_config)
         REQUEST,
         REQUEST | {"exit_layer": 1},
         REQUEST | {"num_speculative_tokens": 2},
-        REQUEST | {"reuse_exit_states": False},
         {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2},
         None,
     ]
     configs = [engine_config(request and dict(request)) for request in requests]
     assert len({config.compute_hash() for config in configs}) == len(requests)
-    ours = [config.speculative_config.compute_hash() for config in configs[:4]]
-    assert len(set(ours)) == 4
+    ours = [config.speculative_config.compute_hash() for config in configs[:3]]
+    assert len(set(ours)) == 3
     assert engine_config(dict(REQUEST)).speculative_config.compute_hash() == ours[0]
+
+
+def test_what_runs_around_the_stages_compiles_nothing_anew(engine_config, tmp_path):
+    (tmp_path / "ids").write_text("1\n2\n")
+    expected = engine_config(dict(REQUEST)).compute_hash()
+    for other in ({"reuse_exit_states": False}, {"draft_vocab": str(tmp_path / "ids")}):
+        assert engine_config(REQUEST | other).compute_hash() == expected
+
+
+@pytest.mark.parametrize("value", ["", "no", "2"])
+def test_a_variable_of_another_value_ends_the_start(engine_config, monkeypatch, value):
+    monkeypatch.setenv("LAYERSKIP_DRAFT_GRAPHS", value)
+    with pytest.raises(ValueError, match="LAYERSKIP_DRAFT_GRAPHS=.* must be 1 or 0"):
+        engine_config(dict(REQUEST))
+    assert engine_config().speculative_config is None
 
 
 def test_the_engine_runs_on_model_runner_v2(config):

@@ -16,6 +16,7 @@ Shapes: T tokens, R requests, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import get_forward_context, override_forward_context
+from vllm.ir.op import IrOp
 from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_layerskip.config import LayerSkipConfig
@@ -86,7 +88,11 @@ class StreamDecoder(Decoder):
         return self.model.norm(hidden_states)
 
 
-@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "inputs_embeds": 0})
+# One symbol for T in every argument, as in vLLM's own models: unbacked shapes need it.
+_T = {0: "b"}
+
+
+@support_torch_compile(dynamic_arg_dims={"input_ids": _T, "positions": _T, "inputs_embeds": _T})
 class EarlyStage(nn.Module):
     """Embedding and layers 0..E-1."""
 
@@ -113,7 +119,7 @@ class EarlyStage(nn.Module):
         return hidden_states, residual  # [T, H] each: the exit state
 
 
-@support_torch_compile(dynamic_arg_dims={"positions": 0, "hidden_states": 0, "residual": 0})
+@support_torch_compile(dynamic_arg_dims={"positions": _T, "hidden_states": _T, "residual": _T})
 class LateStage(nn.Module):
     """Layers E..L-1 and the final norm."""
 
@@ -167,6 +173,15 @@ class LayerSkipForCausalLM(ExitHead, Decoder, nn.Module):
             and vllm_config.model_config.quantization is None
         )
 
+    def modules(self, *args: Any, **kwargs: Any) -> Iterator[nn.Module]:
+        """The tree's, and the stages beside it.
+
+        vLLM looks here for what it compiled: to know that there is something, and to let go of it
+        when an engine ends. A stage's layers are the tree's, and are not walked again.
+        """
+        yield from super().modules(*args, **kwargs)
+        yield from getattr(self, "_stages", ())
+
     @classmethod
     def get_model_state_cls(cls) -> type:
         from vllm_layerskip.model_state import LayerSkipModelState
@@ -214,7 +229,8 @@ class LayerSkipForCausalLM(ExitHead, Decoder, nn.Module):
 
     def exit_norm(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """The exit head up to the LM head. May overwrite its arguments."""
-        return self.final_norm(hidden_states, residual)
+        with fused_norms():
+            return self.final_norm(hidden_states, residual)
 
     def forward(
         self,
@@ -280,14 +296,35 @@ class EmbeddingHead(nn.Module):
         return self.logits_processor(self.lm_head, hidden_states)
 
 
+@contextmanager
+def fused_norms() -> Iterator[None]:
+    """Have norms outside of a compiled unit run vLLM's fused kernel where there is one.
+
+    With torch.compile vLLM's default for a norm is code that Inductor fuses. Run as it stands it
+    is a kernel for each of eleven operators, and the exit norm runs once a draft pass.
+    """
+    with ExitStack() as stack:
+        for norm in map(IrOp.registry.get, _NORMS):
+            if norm is not None and _FUSED in norm.impls:  # Where it cannot run, vLLM skips it.
+                stack.enter_context(norm.set_priority([_FUSED, "native"]))
+        yield
+
+
+_NORMS = ("rms_norm", "fused_add_rms_norm")
+_FUSED = "vllm_c"
+"""vLLM's name of its own compiled kernels."""
+
+
 def _late_stage_inputs(vllm_config: VllmConfig) -> torch.Tensor:
-    """``[2, T, H]`` for the largest T that a piecewise graph is captured for."""
-    compilation_config = vllm_config.compilation_config
-    piecewise = compilation_config.cudagraph_mode.has_piecewise_cudagraphs()
-    num_tokens = compilation_config.max_cudagraph_capture_size if piecewise else 0
+    """``[2, T, H]`` for the largest T that a graph is captured for; 0 without graphs.
+
+    Whatever mode was asked for: vLLM turns to piecewise graphs where an attention backend cannot
+    do without, and knows it only after the model was built.
+    """
+    num_tokens = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     model_config = vllm_config.model_config
     # Loaded on the model's device, which is the default while a model is built.
-    return torch.zeros(2, num_tokens or 0, model_config.get_hidden_size(), dtype=model_config.dtype)
+    return torch.zeros(2, num_tokens, model_config.get_hidden_size(), dtype=model_config.dtype)
 
 
 def early_attn_layer_names(attn_layer_names: set[str], exit_layer: int) -> set[str]:
