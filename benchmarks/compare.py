@@ -35,6 +35,10 @@ DEFAULT_MODES = ("plain", "layerskip", "layerskip-no-reuse", "draft-model")
 MEASURE = Path(__file__).with_name("measure.py")
 STOP_MARGIN_S = 15.0
 """A mode stops on its own this long before it would be killed."""
+PATIENCE_S = 4.0
+"""How long a mode that is killed may clean up."""
+OUT_OF_TIME = 3
+"""Exit status of a table that its time limit left without some cells."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,20 @@ def plan(modes: list[str], settings: Settings, num_drafts: list[int]) -> list[Ru
     return runs
 
 
-def run_mode(run: Run, output: Path, log: Path, deadline: float | None, fresh_cache: bool) -> None:
+def run_mode(
+    run: Run,
+    output: Path,
+    log: Path,
+    deadline: float | None = None,
+    fresh_cache: bool = False,
+    note: str | None = None,
+) -> None:
     """Run a mode's process to its end; whatever comes of it is in ``output``.
 
     Args:
         deadline: on ``time.monotonic``.
         fresh_cache: start with empty compile caches, so that starts compare.
+        note: a sentence on the setting, for its records.
     """
     time_left = None if deadline is None else deadline - time.monotonic()
     if time_left is not None and time_left < 2 * STOP_MARGIN_S:
@@ -74,11 +86,16 @@ def run_mode(run: Run, output: Path, log: Path, deadline: float | None, fresh_ca
     command += [*run.settings.to_argv(), "--output", str(output)]
     if time_left is not None:
         command += ["--time-limit", str(time_left - STOP_MARGIN_S)]
+    if note is not None:
+        command += ["--note", note]
     environment = {COMMAND_VARIABLE: command_line()}
     with (
         tempfile.TemporaryDirectory() as cache,
         logged_process(
-            command, log, environment | (empty_caches(Path(cache)) if fresh_cache else {})
+            command,
+            log,
+            environment | (empty_caches(Path(cache)) if fresh_cache else {}),
+            PATIENCE_S,
         ) as process,
     ):
         in_time = _wait(process, output, run, time_left)
@@ -86,7 +103,9 @@ def run_mode(run: Run, output: Path, log: Path, deadline: float | None, fresh_ca
         add_record(output, _mode_record(run, "no-time", reason="killed at the time limit"))
     elif process.returncode != 0:
         reason = f"exit status {process.returncode}"
-        add_record(output, _mode_record(run, "error", reason=reason, error=log_tail(log)))
+        end = log_tail(log)
+        add_record(output, _mode_record(run, "error", reason=reason, error=end))
+        print(f"{run.name}: {reason}; the end of its log:", *end.splitlines()[-12:], sep="\n")
 
 
 def _wait(
@@ -145,6 +164,8 @@ def main() -> None:
         action="store_true",
         help="Give each process empty compile caches: fair start times, slower starts.",
     )
+    parser.add_argument("--no-table", action="store_true", help="Print the cells alone.")
+    parser.add_argument("--note", help="A sentence on the setting, kept with every cell.")
     parser.add_argument("--output", type=Path, help="Result file.")
     parser.add_argument("--resume", action="store_true", help="Go on with --output.")
     args = parser.parse_args()
@@ -164,11 +185,16 @@ def main() -> None:
         output = args.output or Path(scratch) / "results.json"
         logs = output.with_suffix(".logs")
         for run in runs:
-            run_mode(run, output, logs / f"{run.name}.log", deadline, args.fresh_cache)
+            log = logs / f"{run.name}.log"
+            run_mode(run, output, log, deadline, args.fresh_cache, args.note)
         records = list(current(load_records(output), runs))
-    Console(width=150).print(rich_table(rows(records, args.bandwidth)))
-    if any(record["status"] == "error" for record in records):
+    if not args.no_table:
+        Console(width=150).print(rich_table(rows(records, args.bandwidth)))
+    statuses = {record["status"] for record in records}
+    if "error" in statuses:
         sys.exit(1)
+    if "no-time" in statuses:
+        sys.exit(OUT_OF_TIME)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine of a mode: its model folder and vLLM's arguments.
 
-vLLM's defaults stand but for what is measured, so every mode runs as a user would run it.
+vLLM's defaults stand but for what is measured, so every mode runs as a user would run it. Where
+every step of a table is one of a few batches, one more thing is said on a GPU: CUDA graphs are
+captured for these. vLLM's default list ends at 512 tokens, so a verification of more than
+512 / (K + 1) requests would run without a graph, and it holds dozens that no cell would use.
 """
 
 from __future__ import annotations
@@ -55,8 +58,14 @@ def prepare_models(settings: Settings, mode: str, folder: Path) -> tuple[Path, P
     return (cut, None) if mode == "early-exit" else (model, cut)
 
 
-def engine_arguments(settings: Settings, mode: str, folder: Path) -> dict[str, Any]:
-    """Arguments of ``LLM``: vLLM's defaults but for what is measured."""
+def engine_arguments(
+    settings: Settings, mode: str, folder: Path, fixed_batches: bool = False
+) -> dict[str, Any]:
+    """Arguments of ``LLM``: vLLM's defaults but for what is measured.
+
+    Args:
+        fixed_batches: every step that is timed is one of ``settings.batch_sizes``.
+    """
     model, cut = prepare_models(settings, mode, folder)
     dummy = settings.model is None
     vocab_size = settings.model_shape().vocab_size
@@ -64,6 +73,10 @@ def engine_arguments(settings: Settings, mode: str, folder: Path) -> dict[str, A
     if settings.draft_vocab is not None:
         path = write_draft_vocab(settings.draft_vocab, vocab_size, folder)
         speculation = replace(speculation, draft_vocab=path)
+    given = dict(settings.engine_args)
+    compilation = given.pop("compilation_config", {})
+    if fixed_batches and settings.device == "cuda" and not settings.enforce_eager:
+        compilation = {"cudagraph_capture_sizes": capture_sizes(settings)} | compilation
     return {
         "model": str(model),
         "load_format": "dummy" if dummy else "auto",
@@ -77,8 +90,15 @@ def engine_arguments(settings: Settings, mode: str, folder: Path) -> dict[str, A
         "disable_log_stats": False,
         "seed": 0,
         **({"kv_cache_memory_bytes": 64 << 20} if settings.device == "cpu" else {}),
-        **settings.engine_args,
+        **({"compilation_config": compilation} if compilation else {}),
+        **given,
     }
+
+
+def capture_sizes(settings: Settings) -> list[int]:
+    """Numbers of tokens of the table's steps: each batch with 1 token a request and with 1 + K."""
+    all_k = {0, settings.num_speculative_tokens, *(k for _, _, k in settings.schedule or ())}
+    return sorted({batch * (1 + k) for batch in settings.batch_sizes for k in all_k})
 
 
 def command_line_flags(arguments: Mapping[str, Any]) -> list[str]:

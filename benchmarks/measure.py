@@ -104,7 +104,7 @@ def measure_engine(
     from vllm import LLM
 
     with tempfile.TemporaryDirectory() as folder:
-        arguments = engine_arguments(settings, mode, Path(folder))
+        arguments = engine_arguments(settings, mode, Path(folder), fixed_batches=True)
         start = time.perf_counter()
         llm = LLM(**arguments)
         engine: dict[str, Any] = {
@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("--num-speculative-tokens", type=int, help="K")
     parser.add_argument("--mode", choices=MODES, required=True)
     parser.add_argument("--time-limit", type=float, help="Seconds; no cell is begun beyond.")
+    parser.add_argument("--note", help="A sentence on the setting, kept with every cell.")
     parser.add_argument("--output", type=Path, required=True, help="Result file; it is added to.")
     args = parser.parse_args()
     try:
@@ -184,6 +185,7 @@ def main() -> None:
         "model_shape": asdict(settings.model_shape()),
         "num_draft_vocab_ids": settings.num_draft_vocab_ids,
         "provenance": provenance(),
+        **({"note": args.note} if args.note else {}),
     }
 
     def emit(record: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ def _tables(records: list[Record], bandwidth: float | None) -> Iterable[str]:
     serve = [record for record in records if is_serve_record(record)]
     decode = [record for record in records if not is_serve_record(record)]
     if decode:
-        yield _caption(decode)
+        yield " ".join([_caption(decode), *_notes(decode)])
         yield markdown(HEADER, map(cells, rows(decode, bandwidth)))
         yield from _engines(decode)
     if serve:
@@ -49,6 +49,11 @@ def _caption(records: Sequence[Record]) -> str:
         f"{settings['dtype']}, greedy, {drafts}; median of {settings['repeats']} run(s). Limits: "
         "the roofline of `vllm_layerskip/tuning/roofline.py`."
     )
+
+
+def _notes(records: Sequence[Record]) -> Iterable[str]:
+    """What was said of the settings, once each."""
+    return dict.fromkeys(record["note"] for record in records if "note" in record)
 
 
 def _engines(records: Sequence[Record]) -> Iterable[str]:

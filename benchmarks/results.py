@@ -29,6 +29,12 @@ FINISHED = ("ok", "no-room")
 Record = dict[str, Any]
 
 
+def is_result_file(path: Path) -> bool:
+    """Whether ``path`` holds records of this schema."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return isinstance(content, dict) and content.get("schema") == SCHEMA
+
+
 def load_records(path: Path) -> list[Record]:
     """Records of a result file; none if there is no file.
 
@@ -37,10 +43,9 @@ def load_records(path: Path) -> list[Record]:
     """
     if not path.exists():
         return []
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+    if not is_result_file(path):
         raise ValueError(f"{path} is no result file of schema {SCHEMA}. Choose another file.")
-    return content["records"]
+    return json.loads(path.read_text(encoding="utf-8"))["records"]
 
 
 def add_record(path: Path, record: Record) -> None:
@@ -50,9 +55,13 @@ def add_record(path: Path, record: Record) -> None:
         for other in load_records(path)
         if other["status"] in FINISHED or not _replaces(record, other)
     ]
+    write_json(path, {"schema": SCHEMA, "records": [*records, record]})
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write the whole file or, if this process is killed meanwhile, nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")
-    content = {"schema": SCHEMA, "records": [*records, record]}
     draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(draft, path)
 

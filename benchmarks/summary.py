@@ -122,14 +122,14 @@ def cells(row: Row) -> list[str]:
         return [*start, reason, *[""] * (len(HEADER) - len(start) - 1)]
     return [
         *start,
-        _format(row.tokens_per_s, ".1f"),
-        _format(row.spread, ".1%"),
-        _format(row.tokens_reached, ".0%"),
-        _format(row.speedup, ".2f"),
-        _format(row.speedup_limit, ".2f"),
-        _format(row.speedup_reached, ".0%"),
-        _format(row.acceptance_length, ".2f"),
-        _format(row.step_ms, ".3f"),
+        format_figure(row.tokens_per_s, ".1f"),
+        format_figure(row.spread, ".1%"),
+        format_figure(row.tokens_reached, ".0%"),
+        format_figure(row.speedup, ".2f"),
+        format_figure(row.speedup_limit, ".2f"),
+        format_figure(row.speedup_reached, ".0%"),
+        format_figure(row.acceptance_length, ".2f"),
+        format_figure(row.step_ms, ".3f"),
         row.reused,
     ]
 
@@ -218,5 +218,6 @@ def _ratio(value: float | None, of: float | None) -> float | None:
     return value / of if value and of and math.isfinite(of) else None
 
 
-def _format(value: float | None, spec: str) -> str:
+def format_figure(value: float | None, spec: str) -> str:
+    """A cell; empty for a figure that does not exist."""
     return "" if value is None else format(value, spec)

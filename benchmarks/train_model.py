@@ -13,7 +13,6 @@ in the checkpoint holds the acceptance of every exit layer, so E and K may be ch
 from __future__ import annotations
 
 import argparse
-import json
 import sysconfig
 import tempfile
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results import write_json
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
@@ -167,6 +167,7 @@ def main() -> None:
     parser.add_argument("--size", choices=sorted(PLANS), default="160m")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--output", type=Path, required=True, help="Folder of the checkpoint.")
+    parser.add_argument("--copy-scores", type=Path, help="A second file for scores.json.")
     parser.add_argument("--corpus-mb", type=float, default=120, help="Text to train on at most.")
     parser.add_argument(
         "--packages", nargs="*", type=Path, default=[Path(sysconfig.get_paths()["purelib"])],
@@ -176,7 +177,8 @@ def main() -> None:
     corpus = with_packages(load_stdlib(), args.packages, int(args.corpus_mb * 1e6))
     facts = train(PLANS[args.size], corpus, args.output, start, 60 * args.minutes)
     facts |= {"corpus_sha256": corpus.digest, "provenance": provenance()}
-    (args.output / "scores.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    for path in filter(None, (args.output / "scores.json", args.copy_scores)):
+        write_json(path, facts)
     print(f"{args.output}: {facts['num_weights'] / 1e6:.0f} M weights, {facts['num_steps']} steps,")
     for exit_layer, lengths in facts["acceptance_length"].items():
         print(exit_layer, lengths)

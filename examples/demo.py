@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from dataclasses import dataclass
 
@@ -54,6 +55,7 @@ def start_engine(args: argparse.Namespace, speculative_config: dict | None) -> L
         enforce_eager=current_platform.is_cpu(),
         enable_prefix_caching=False,
         kv_cache_memory_bytes=256 << 20,
+        gpu_memory_utilization=0.3,  # What must be free on a GPU; the KV cache's size is given.
         disable_log_stats=False,
         speculative_config=speculative_config,
     )
@@ -154,6 +156,8 @@ def main() -> None:
         )
     same = sum(a.token_ids == b.token_ids for a, b in zip(plain, skip, strict=True))
     console.print(f"{same} of {len(prompts)} answers have exactly plain vLLM's tokens.")
+    if not any(answer.counters and answer.counters.num_accepted_tokens for answer in skip):
+        sys.exit("No draft was accepted: LayerSkip is not at work.")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,61 +37,105 @@ def of_mode(records: list[dict], mode: str) -> list[dict]:
     return [record for record in records if record["mode"] == mode]
 
 
-def test_a_table_its_report_and_resuming_it(tmp_path):
-    output = tmp_path / "tiny.json"
-    table = (*CPU, "--modes", "plain", "layerskip", "--output", output)
-    process = run_script("compare.py", *table)
-    records = load_records(output)
-    assert [(record["mode"], record["batch_size"]) for record in records] == [
-        ("plain", 1), ("plain", 2), ("layerskip", 1), ("layerskip", 2)
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """``gpu_session.sh --tiny first``: what it delivered and what it printed."""
+    folder = tmp_path_factory.mktemp("first")
+    environment = {**os.environ, "PYTHON": sys.executable, "RESULTS": str(folder / "results")}
+    # As on a GPU: engines in processes of their own choice, not in this one's way.
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    process = subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "gpu_session.sh"), "--tiny", "first"],
+        capture_output=True, text=True, check=False, timeout=1500,
+        env=environment | {"OUT": str(folder / "out")},
+    )  # fmt: skip
+    assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-3000:]
+    return folder / "out", process.stdout
+
+
+@pytest.mark.timeout(1600)
+def test_the_first_session_brings_every_number(rehearsal):
+    out, printed = rehearsal
+    outcomes = json.loads((out / "session.json").read_text())["outcomes"]
+    assert [outcome["name"] for outcome in outcomes] == [
+        "gpu", "exact", "demo", "7b", "7b-peers", "8b"
     ]  # fmt: skip
+    assert len(list(out.iterdir())) <= 8, "the device tool returns no more files"
+
+    (exact,) = json.loads((out / "exact.json").read_text())["checks"]
+    assert exact["num_equal"] == exact["num_answers"] == 8
+    assert exact["num_accepted"] > 0
+    assert exact["num_reused"] > exact["num_full"]
+
+    # The demo's table: equal tokens, a real acceptance length, every step reused.
+    assert "2 of 2 answers have exactly plain vLLM's tokens." in printed
+    rows = re.findall(r"│ *yes │ *([0-9.]+) │[^│]*│ *([0-9]+) / ([0-9]+) │", printed)
+    assert len(rows) == 2
+    for acceptance_length, reused, steps in rows:
+        assert float(acceptance_length) > 1.2
+        assert int(reused) == int(steps) > 0
+
+    for record in of_mode(load_records(out / "first-8b.json"), "layerskip"):
+        one_request = record["batch_size"] == 1
+        assert (record["speculation"]["num_drafts"] > 0) == one_request, "K = 0 at batch 2"
+        assert "torch.compile and JIT warm-up are off" in record["note"]
+    summary = (out / "summary.md").read_text()
+    assert printed.endswith(summary + "\n")
+    assert "8 of 8 answers equal plain decoding's in float32" in summary
+    assert summary.count("| layerskip |") == 4
+    assert "Parts: gpu ok; exact ok; demo ok; 7b ok; 7b-peers ok; 8b ok." in summary
+
+
+@pytest.mark.timeout(1600)
+def test_a_table_its_report_and_resuming_it(rehearsal, tmp_path):
+    output = tmp_path / "tiny.json"
+    shutil.copy(rehearsal[0] / "first-7b.json", output)
+    records = load_records(output)
+    modes = ("plain", "layerskip", "draft-model", "layerskip-no-reuse")
+    assert [(record["mode"], record["batch_size"]) for record in records] == [
+        (mode, size) for mode in modes for size in (1, 2)
+    ]
     for record in of_mode(records, "layerskip"):
         drafts = record["speculation"]
         assert drafts["acceptance_length"] == pytest.approx(3.0, abs=0.25)
         assert drafts["num_verify_steps_reused"] > 0
         assert record["engine"]["memory"]["exit_state_bytes"] == 2 * 4 * 2 * 64 * 4
-    for record in records:
-        (run,) = record["runs"]
-        tokens_per_step = 3 if record["mode"] == "layerskip" else 1
-        expected = tokens_per_step * record["batch_size"] * run["num_steps"]
-        assert run["num_tokens"] == pytest.approx(expected, rel=0.25)
-        assert record["provenance"]["versions"]["vllm-layerskip"]
-        assert "--modes plain layerskip" in record["provenance"]["command"]
-    assert "x plain" in process.stdout
-    assert "| 16 | 2 | layerskip | E=2 K=4 |" in run_script("report.py", output).stdout
-
-    before = output.read_bytes()
-    run_script("compare.py", *table, "--resume")
-    assert output.read_bytes() == before
-
-
-@pytest.mark.slow
-def test_the_peers_and_reuse_off(tmp_path):
-    output = tmp_path / "tiny.json"
-    modes = ("layerskip-no-reuse", "draft-model", "ngram", "early-exit")
-    run_script("compare.py", *CPU, "--modes", *modes, "--output", output)
-    records = load_records(output)
-    assert [record["mode"] for record in records] == [mode for mode in modes for _ in range(2)]
     for record in of_mode(records, "layerskip-no-reuse"):
         assert record["speculation"]["num_verify_steps_reused"] == 0
         assert record["speculation"]["num_accepted_tokens"] > 0
     for record in of_mode(records, "draft-model"):
         assert record["speculation"]["acceptance_length"] == pytest.approx(3.0, abs=0.25)
+    for record in records:
+        (run,) = record["runs"]
+        tokens_per_step = 1 if record["mode"] == "plain" else 3
+        expected = tokens_per_step * record["batch_size"] * run["num_steps"]
+        assert run["num_tokens"] == pytest.approx(expected, rel=0.25)
+        assert record["provenance"]["versions"]["vllm-layerskip"]
+        command = record["provenance"]["command"]
+        assert command.startswith("python benchmarks/compare.py --output first-7b.json")
+    report = run_script("report.py", output).stdout
+    assert "| 16 | 2 | layerskip | E=2 K=4 |" in report
+    assert "torch.compile and JIT warm-up are off" in report
+
+    before = output.read_bytes()
+    table = (*CPU, "--preset", "tiny", "--batch-sizes", 1, 2, "--modes", "plain", "layerskip")
+    process = run_script("compare.py", *table, "--output", output, "--resume")
+    assert output.read_bytes() == before
+    assert "x plain" in process.stdout
+
+
+@pytest.mark.slow
+def test_peers_and_the_room_that_they_leave(rehearsal, tmp_path):
+    output = tmp_path / "tiny.json"
+    shutil.copy(rehearsal[0] / "first-7b.json", output)
+    modes = ("ngram", "early-exit")
+    run_script("compare.py", *CPU, "--modes", *modes, "--output", output, "--resume")
+    records = load_records(output)
     assert all(record["speculation"]["num_drafts"] for record in of_mode(records, "ngram"))
     rooms = {record["mode"]: record["engine"]["kv_capacity_tokens"] for record in records}
     # Of 8 layers: a second model's 2 need room of their own, 2 alone need a quarter.
     assert rooms["draft-model"] < rooms["ngram"] == rooms["layerskip-no-reuse"]
     assert rooms["early-exit"] == 4 * rooms["ngram"]
-
-
-@pytest.mark.slow
-def test_a_schedule_that_falls_to_no_drafts(tmp_path):
-    output = tmp_path / "tiny.json"
-    schedule = ("--schedule", "[[1, 1, 4], [2, 2, 0]]")
-    run_script("compare.py", *CPU, "--modes", "layerskip", *schedule, "--output", output)
-    one, two = load_records(output)
-    assert one["speculation"]["num_drafts"] > 0
-    assert two["speculation"]["num_drafts"] == 0
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -556,6 +555,27 @@ add_record(Path(sys.argv[sys.argv.index("--output") + 1]), record)
         assert runs[2].settings.synthetic_acceptance_length < 9.27
 
 
+def test_graphs_are_those_of_the_tables_batches(tmp_path):
+    """vLLM's default sizes end at 512 tokens: batch 64 and 128 would verify without a graph."""
+    load = ("--preset", "7b-cnndm", "--batch-sizes", "1", "64", "128")
+    graphs = {1, 64, 128, 13, 64 * 13, 128 * 13}
+    for mode in ("plain", "layerskip"):
+        arguments = engine_arguments(_parse(*load), mode, tmp_path / mode, fixed_batches=True)
+        assert set(arguments["compilation_config"]["cudagraph_capture_sizes"]) == graphs
+    schedule = ("--schedule", "[[1, 63, 12], [64, 128, 0]]", "--engine-args")
+    settings = _parse(*load, *schedule, '{"compilation_config": {"mode": 0}, "seed": 1}')
+    arguments = engine_arguments(settings, "layerskip", tmp_path / "schedule", fixed_batches=True)
+    assert set(arguments["compilation_config"]["cudagraph_capture_sizes"]) == graphs
+    assert (arguments["compilation_config"]["mode"], arguments["seed"]) == (0, 1)
+    for without in (("--device", "cpu"), ("--enforce-eager",)):
+        settings = _parse(*load, *without)
+        arguments = engine_arguments(settings, "plain", tmp_path / without[0], fixed_batches=True)
+        assert "compilation_config" not in arguments
+    # Under load steps have any size: vLLM's own graphs.
+    arguments = engine_arguments(_parse(*load), "layerskip", tmp_path / "serve")
+    assert "compilation_config" not in arguments
+
+
 class TestTrainingText:
     def test_copies_of_held_out_passages_stay_out(self, tmp_path):
         from vllm_layerskip.training.corpus import Corpus, with_packages
@@ -569,12 +589,3 @@ class TestTrainingText:
         more = with_packages(corpus, [tmp_path], 10_000)
         assert sorted(more.train) == ["a.py", "packages/own/module.py"]
         assert with_packages(corpus, [tmp_path], 1).train == corpus.train
-
-
-def test_gpu_session_knows_its_steps():
-    script = str(BENCHMARKS / "gpu_session.sh")
-    process = subprocess.run(
-        ["bash", script, "nonsense"], capture_output=True, text=True, check=False
-    )
-    assert process.returncode == 2
-    assert "No step called nonsense. Steps: 7b 8b" in process.stderr

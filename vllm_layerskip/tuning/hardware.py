@@ -60,6 +60,10 @@ def find_by_part(part: str) -> tuple[str, Gpu] | None:
     return None
 
 
+_PATIENCE_S = 20
+"""Seconds for nvidia-smi, which hangs on some faulty GPUs."""
+
+
 def gpu_info() -> dict[str, str] | None:
     """Name, driver and memory of the first GPU, None without one.
 
@@ -68,8 +72,10 @@ def gpu_info() -> dict[str, str] | None:
     fields = ("name", "driver_version", "memory.total")
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
-        process = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (FileNotFoundError, subprocess.CalledProcessError):
+        process = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=_PATIENCE_S
+        )
+    except (FileNotFoundError, subprocess.CalledProcessError, subprocess.TimeoutExpired):
         return None
     values = process.stdout.splitlines()[0].split(", ")
     return dict(zip(("name", "driver", "memory"), values, strict=True))

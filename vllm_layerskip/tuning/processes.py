@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,16 +12,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LOG_TAIL_CHARS = 3000
+PATIENCE_S = 20.0
+"""How long a process that must end may clean up."""
 
 
 @contextmanager
 def logged_process(
-    command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+    command: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    patience_s: float = PATIENCE_S,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run ``command`` with its output in ``log``; end it, if need be, with the block.
 
     Args:
         environment: variables besides this process's own.
+        patience_s: seconds that it gets to clean up before it is killed.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as stream:
@@ -35,7 +42,7 @@ def logged_process(
         try:
             yield process
         finally:
-            _end(process)
+            _end(process, patience_s)
 
 
 def log_tail(log: Path) -> str:
@@ -43,15 +50,15 @@ def log_tail(log: Path) -> str:
     return log.read_text(encoding="utf-8", errors="replace")[-LOG_TAIL_CHARS:]
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask, then kill: the whole session, also what its leader left behind."""
-    for kind, patience_s in ((signal.SIGTERM, 20), (signal.SIGKILL, 20)):
-        try:
+def _end(process: subprocess.Popen[bytes], patience_s: float) -> None:
+    """Ask, then kill: the whole session, also what its leader left behind.
+
+    One that even SIGKILL does not end (it hangs in a GPU's driver) is left.
+    """
+    for kind in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):  # A leader that ended may have left some.
             os.killpg(process.pid, kind)
-        except ProcessLookupError:
-            break
         try:
             process.wait(timeout=patience_s)
         except subprocess.TimeoutExpired:
             continue
-    process.wait()

@@ -44,7 +44,7 @@ def provenance() -> dict[str, Any]:
     return {
         "argv": _arguments(),
         "command": os.environ.get(COMMAND_VARIABLE) or command_line(),
-        "commit": _commit(),
+        "commit": commit(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "gpu": gpu_info(),
@@ -60,23 +60,26 @@ def command_line() -> str:
 
 
 def _arguments() -> list[str]:
-    """Without the folders of this machine: of the repository, and of an installed command."""
-    program, *arguments = (argument.removeprefix(f"{_ROOT}/") for argument in sys.argv)
-    return [Path(program).name if Path(program).is_absolute() else program, *arguments]
+    """Without the folders of this machine: relative to the repository, else the name alone."""
+    return [_without_folder(argument.removeprefix(f"{_ROOT}/")) for argument in sys.argv]
 
 
-def _commit() -> dict[str, Any]:
+def _without_folder(argument: str) -> str:
+    return Path(argument).name if Path(argument).is_absolute() else argument
+
+
+def commit() -> dict[str, Any]:
     """The commit and whether files differ from it.
 
     Where the sources were copied without their history, ``BENCHMARK_COMMIT`` may name it.
     """
-    commit = _git("rev-parse", "HEAD")
+    head = _git("rev-parse", "HEAD")
     # An installed package may lie inside of somebody else's repository.
-    if not commit or Path(_git("rev-parse", "--show-toplevel")).resolve() != _ROOT.resolve():
-        return {"id": os.environ.get(COMMIT_VARIABLE), "dirty": None}
+    if not head or Path(_git("rev-parse", "--show-toplevel")).resolve() != _ROOT.resolve():
+        return {"id": os.environ.get(COMMIT_VARIABLE) or None, "dirty": None}
     # Results are written while a benchmark runs; they change no measurement.
     status = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
-    return {"id": commit, "dirty": bool(status)}
+    return {"id": head, "dirty": bool(status)}
 
 
 def _git(*arguments: str) -> str:
