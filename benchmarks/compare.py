@@ -23,7 +23,7 @@ from pathlib import Path
 
 from engine_arguments import empty_caches
 from modes import MODES, TRANSFORMERS_MODES
-from results import Record, add_record, load_records
+from results import OUT_OF_TIME, Record, add_record, load_records
 from rich.console import Console
 from settings import Settings, add_arguments, settings_from
 from summary import baseline_settings, describe, rich_table, rows
@@ -37,8 +37,6 @@ STOP_MARGIN_S = 15.0
 """A mode stops on its own this long before it would be killed."""
 PATIENCE_S = 4.0
 """How long a mode that is killed may clean up."""
-OUT_OF_TIME = 3
-"""Exit status of a table that its time limit left without some cells."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ from typing import Any
 
 SCHEMA = 1
 FINISHED = ("ok", "no-room")
+OUT_OF_TIME = 3
+"""Exit status of a table that its time limit left without some cells."""
 
 Record = dict[str, Any]
 

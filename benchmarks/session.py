@@ -28,12 +28,12 @@ import sys
 import tarfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
-from results import write_json
+from results import OUT_OF_TIME, write_json
 
 from vllm_layerskip.tuning.processes import logged_process
 from vllm_layerskip.tuning.provenance import code_digest, provenance
@@ -46,8 +46,6 @@ MARGIN_S = 8.0
 CLOCK_TOLERANCE_S = 1.0
 LEAST_S = 5.0
 """A part is not begun with less."""
-OUT_OF_TIME = 3
-"""Exit status of a part whose own time limit left something unmeasured (``compare.py``)."""
 NOISE = re.compile(r"(INFO|WARNING|DEBUG) \d\d-\d\d |^\[(rank\d+\]:\[)?W\d|\d+%.*\d/\d")
 """Log lines of vLLM and torch, progress bars: in the log, but not on the screen."""
 MAX_COLUMNS = 170
@@ -69,7 +67,6 @@ class Part:
     """Seconds; what earlier parts left unused is added."""
     command: Sequence[str]
     """``{seconds}`` stands for the time in which it should end by itself."""
-    environment: Mapping[str, str] = field(default_factory=dict)
     num_lines: int = 6
     """How many lines of its output the session prints."""
 
@@ -171,8 +168,7 @@ class Session:
         own_limit = f"{max(limit_s - MARGIN_S, 0):.0f}"
         command = [argument.replace("{seconds}", own_limit) for argument in part.command]
         deadline = time.monotonic() + limit_s
-        environment = {"PYTHONUNBUFFERED": "1", **part.environment}
-        with logged_process(command, log, environment, PATIENCE_S) as process:
+        with logged_process(command, log, {"PYTHONUNBUFFERED": "1"}, PATIENCE_S) as process:
             while time.monotonic() < deadline:
                 status = process.poll()
                 if status is not None:

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import check_graphs
+import summary as summary_table
 from report import markdown
-from results import Record, is_result_file, load_records
+from results import is_result_file, load_records
 from serve_summary import SERVE_HEADER, is_serve_record, serve_cells
-from summary import Row, format_figure, rows
 
 CHECKS = ("exact.json", "bf16.json")
-HEADER = ("mode", "setting", "prompt", "batch", "tok/s", "ms a step", "acceptance", "x plain",
-          "limit", "of limit", "tok/s limit", "of it")  # fmt: skip
+HEADER = (*summary_table.HEADER, "tok/s limit")
 
 
 def summary(results: Path) -> str:
@@ -83,30 +82,13 @@ def _tables(path: Path, bandwidth: float | None) -> Iterator[str]:
     yield f"**{path.name}.** {' '.join(notes)}".rstrip()
     decode = [record for record in records if not is_serve_record(record)]
     if decode:
-        yield markdown(HEADER, map(_cells, rows(decode, bandwidth)))
+        table = summary_table.rows(decode, bandwidth)
+        limits = (summary_table.format_figure(row.tokens_limit, ".0f") for row in table)
+        body = zip(map(summary_table.cells, table), limits, strict=True)
+        yield markdown(HEADER, ([*cells, limit] for cells, limit in body))
     serve = [record for record in records if is_serve_record(record)]
     if serve:
         yield markdown(SERVE_HEADER, map(serve_cells, serve))
-
-
-def _cells(row: Row) -> list[str]:
-    record: Record = row.record
-    place = [str(record.get(name, "")) for name in ("prompt_len", "batch_size")]
-    start = [row.mode, row.setting, *place]
-    if record["status"] != "ok":
-        reason = f"{record['status']}: {record.get('reason', '')}"
-        return [*start, reason, *[""] * (len(HEADER) - len(start) - 1)]
-    return [
-        *start,
-        format_figure(row.tokens_per_s, ".1f"),
-        format_figure(row.step_ms, ".3f"),
-        format_figure(row.acceptance_length, ".2f"),
-        format_figure(row.speedup, ".2f"),
-        format_figure(row.speedup_limit, ".2f"),
-        format_figure(row.speedup_reached, ".0%"),
-        format_figure(row.tokens_limit, ".0f"),
-        format_figure(row.tokens_reached, ".0%"),
-    ]
 
 
 def _read(path: Path) -> Any:
