@@ -36,7 +36,7 @@ checkpoint: $(DEMO_STAMP)
 
 # Record again what the plugin touches in each supported vLLM (docs/compatibility.md); downloads
 # the wheel of the one that is not installed.
-CONTACTS := tests/unit/data/vllm-
+CONTACTS := tests/unit/tools/data/vllm-
 check-vllm: $(CPU_STAMP)
 	$(CPU_VENV)/bin/python tools/check_vllm.py --installed --record $(CONTACTS)0.32.0-contacts.json
 	$(CPU_VENV)/bin/python tools/check_vllm.py 0.33.0 --record $(CONTACTS)0.33.0-contacts.json

@@ -29,8 +29,8 @@ from vllm import LLM, SamplingParams
 from vllm.platforms import current_platform
 
 from vllm_layerskip import embedded_checkpoint
-from vllm_layerskip.counters import SpecDecodeCounters, read_counters
-from vllm_layerskip.training.corpus import held_out_prompts, load_stdlib
+from vllm_layerskip.files.corpus import held_out_prompts, load_stdlib
+from vllm_layerskip.metrics.counters import SpecDecodeCounters, read_counters
 
 
 @dataclass

@@ -4,11 +4,11 @@
   python tools/check_vllm.py 0.33.0               download the wheel, without dependencies
   python tools/check_vllm.py --wheel FILE         a wheel that is at hand
   python tools/check_vllm.py --installed          the installed vLLM, likewise from its files
-      [--record FILE]   write the signatures that were found (tests/unit/data)
+      [--record FILE]   write the signatures that were found (tests/unit/tools/data)
       [--compare FILE]  say what changed since a recorded version
 
 Nothing of that vLLM is imported or run: its Python files are parsed, and every contact of
-``vllm_layerskip.host.all_contacts()`` is looked up as Python would bind it (imports, re-exports,
+``host.contacts.all_contacts()`` is looked up as Python would bind it (imports, re-exports,
 star imports, base classes, generated constructors). The exit status is 1 if one is missing
 or takes other parameters.
 """
@@ -28,9 +28,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from vllm_layerskip.host import HostContact, all_contacts, parameters_problem  # noqa: E402
+from vllm_layerskip.host.check import parameters_problem
+from vllm_layerskip.host.contacts import HostContact, all_contacts
+from vllm_layerskip.host.version import vllm_version
 
 CACHE = Path("~/.cache/vllm-layerskip/wheels").expanduser()
 # Any wheel will do whose Python files are those of every platform.
@@ -420,8 +420,6 @@ def main() -> int:
     parser.add_argument("--compare", type=Path, metavar="FILE")
     args = parser.parse_args()
     if args.installed:
-        from vllm_layerskip.host import vllm_version
-
         sources, version = Sources(installed_root()), vllm_version()
     else:
         wheel = args.wheel or download(args.version)

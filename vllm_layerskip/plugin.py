@@ -7,10 +7,17 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vllm_layerskip import cli_args, early_exit, host, metrics, step_counts
-from vllm_layerskip.models import SUPPORTED_ARCHITECTURES
-from vllm_layerskip.options import asks_for_layerskip
-from vllm_layerskip.triton_interpreter import interpret_mode
+from vllm_layerskip.architectures import (
+    SUPPORTED_ARCHITECTURES,
+    early_exit_architectures,
+    early_exit_path,
+)
+from vllm_layerskip.config import cli_args, early_exit
+from vllm_layerskip.config.options import asks_for_layerskip
+from vllm_layerskip.cpu.triton_interpreter import interpret_mode
+from vllm_layerskip.host import check, version
+from vllm_layerskip.host.wrap import wrap, wrap_init_speculator
+from vllm_layerskip.metrics import prometheus, step_counts
 
 logger = logging.getLogger("vllm.layerskip")
 
@@ -22,7 +29,7 @@ def register() -> None:
     for LayerSkip: every wrapper hands such an engine straight to vLLM's own function.
     """
     for step in (
-        host.warn_of_untested_vllm,
+        version.warn_of_untested_vllm,
         _register_models,
         _wrap_engine_args,
         _wrap_speculator,
@@ -35,7 +42,7 @@ def register() -> None:
             logger.warning(
                 "vllm-layerskip could not register with vLLM %s (%s); LayerSkip is not "
                 "available, everything else is unaffected.",
-                host.vllm_version(),
+                version.vllm_version(),
                 step.__name__,
                 exc_info=True,
             )
@@ -46,36 +53,36 @@ def _register_models() -> None:
 
     for model in dict.fromkeys(SUPPORTED_ARCHITECTURES.values()):
         ModelRegistry.register_model(model.architecture, model.path)
-    for architecture, name in early_exit.architectures().items():
-        ModelRegistry.register_model(name, early_exit.model_path(architecture))
+    for architecture, name in early_exit_architectures().items():
+        ModelRegistry.register_model(name, early_exit_path(architecture))
 
 
 def _wrap_engine_args() -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    host.wrap(EngineArgs, "create_speculative_config", _create_speculative_config)
-    host.wrap(EngineArgs, "add_cli_args", cli_args.wrap_add_cli_args)
-    host.wrap(EngineArgs, "from_cli_args", cli_args.wrap_from_cli_args)
-    host.wrap(EngineArgs, "create_model_config", _create_model_config)
+    wrap(EngineArgs, "create_speculative_config", _create_speculative_config)
+    wrap(EngineArgs, "add_cli_args", cli_args.wrap_add_cli_args)
+    wrap(EngineArgs, "from_cli_args", cli_args.wrap_from_cli_args)
+    wrap(EngineArgs, "create_model_config", _create_model_config)
 
 
 def _wrap_speculator() -> None:
-    host.wrap_init_speculator(_init_speculator)
+    wrap_init_speculator(_init_speculator)
 
 
 def _wrap_scheduler() -> None:
     from vllm.config.scheduler import SchedulerConfig
 
-    host.wrap(SchedulerConfig, "get_scheduler_cls", step_counts.wrap_get_scheduler_cls)
+    wrap(SchedulerConfig, "get_scheduler_cls", step_counts.wrap_get_scheduler_cls)
 
 
 def _replace_cpu_kernels() -> None:
     from vllm.platforms import current_platform
 
     if interpret_mode() and current_platform.is_cpu():
-        from vllm_layerskip import cpu_kernels
+        from vllm_layerskip.cpu import kernels
 
-        cpu_kernels.register()
+        kernels.register()
 
 
 def _create_model_config(original: Callable) -> Callable:
@@ -83,7 +90,7 @@ def _create_model_config(original: Callable) -> Callable:
         request = early_exit.find_request(self.hf_overrides)
         if request is None:
             return original(self)
-        host.require_supported_vllm()
+        check.require_supported_vllm()
         early_exit.refuse_speculation(request, _speculative_request(self))
         # Once for the whole model, to see its layers, and once for the part that is served.
         given = self.hf_overrides
@@ -104,10 +111,10 @@ def _create_speculative_config(original: Callable) -> Callable:
         request = _speculative_request(self)
         if not asks_for_layerskip(request):
             return original(self, target_model_config, target_parallel_config)
-        host.require_supported_vllm()
-        from vllm_layerskip.config import build_config
+        check.require_supported_vllm()
+        from vllm_layerskip.config.layerskip_config import build_config
 
-        metrics.export_from_front_ends()
+        prometheus.export_from_front_ends()
         return build_config(request, self, target_model_config, target_parallel_config)
 
     return create_speculative_config
@@ -138,12 +145,12 @@ def _speculative_request(engine_args: Any) -> Mapping[str, Any]:
 
 def _init_speculator(original: Callable) -> Callable:
     def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
-        from vllm_layerskip.config import LayerSkipConfig
+        from vllm_layerskip.config.layerskip_config import LayerSkipConfig
 
         if not isinstance(vllm_config.speculative_config, LayerSkipConfig):
             return original(vllm_config, device, req_states)
-        from vllm_layerskip.graph_dispatch import offer_all_decode_graphs
-        from vllm_layerskip.speculator import LayerSkipSpeculator
+        from vllm_layerskip.worker.decode_graphs import offer_all_decode_graphs
+        from vllm_layerskip.worker.speculator import LayerSkipSpeculator
 
         offer_all_decode_graphs()
         step_counts.send_from_workers()

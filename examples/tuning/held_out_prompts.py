@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 
-from vllm_layerskip.training.corpus import held_out_prompts, load_stdlib
+from vllm_layerskip.files.corpus import held_out_prompts, load_stdlib
 
 
 def main() -> None:

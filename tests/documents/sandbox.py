@@ -26,7 +26,7 @@ SHORTER: dict[str, str] = {
     # Half an hour of training.
     "TrainingPlan(bf16=True).twin()": "TrainingPlan(bf16=True, num_steps=2).twin()",
     # A quarter of an hour of measuring.
-    "held_out_functions.py 38": "held_out_functions.py 2",
+    "held_out_functions 38": "held_out_functions 2",
     "--pairs 3:5 9:5 --max-tokens 48": "--repeats 1 --max-tokens 4",
     # CUDA graphs and compilation, which a CPU has no use for.
     '"path/to/a/layerskip-llama",': '"MODEL", enforce_eager=True,',

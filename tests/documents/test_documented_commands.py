@@ -11,7 +11,7 @@ import pytest
 import sandbox
 from markdown import all_blocks
 
-QUICK = ("benchmarks/limits.py", "benchmarks/report.py", "vllm-layerskip draft-vocab")
+QUICK = ("benchmarks.decode.limits", "benchmarks.decode.report", "vllm-layerskip draft-vocab")
 """A block of which each command is one of these is quick."""
 ELSEWHERE = {
     "docs/adding-an-architecture.md": "engine/test_third_party_model.py, from the page's text",

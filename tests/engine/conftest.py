@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from checkpoints import EMBEDDED, random_llama  # noqa: E402
 from engines import EnginePool  # noqa: E402
 
-from vllm_layerskip.training.corpus import held_out_prompts, load_stdlib  # noqa: E402
+from vllm_layerskip.files.corpus import held_out_prompts, load_stdlib  # noqa: E402
 
 
 @pytest.fixture(scope="module")

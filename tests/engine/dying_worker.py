@@ -7,7 +7,7 @@ import os
 import signal
 from typing import Any
 
-from vllm_layerskip.worker_extension import LayerSkipWorkerExtension
+from vllm_layerskip.metrics.worker_extension import LayerSkipWorkerExtension
 
 DIES_IN_PASS = 12
 

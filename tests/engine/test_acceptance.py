@@ -7,7 +7,7 @@ import pytest
 import torch
 from checkpoints import load_reference, random_llama
 
-from vllm_layerskip.training.evaluate import accepted_runs, greedy_draft_matches
+from vllm_layerskip.evaluation.scores import accepted_runs, greedy_draft_matches
 
 PROMPTS = [[0, *range(3, 3 + length)] for length in (4, 21, 40)]
 

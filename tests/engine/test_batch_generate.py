@@ -30,7 +30,7 @@ ENVIRONMENT = {
 
 def _command(folder: Path, *options: str) -> list[str]:
     arguments = ["--input", str(folder / "in.jsonl"), "--output", str(folder / "out"), *options]
-    return [sys.executable, "-m", "vllm_layerskip.cli", "generate", *FLAGS, *arguments]
+    return [sys.executable, "-m", "vllm_layerskip.commands.main", "generate", *FLAGS, *arguments]
 
 
 def _generate(folder: Path, *options: str) -> str:

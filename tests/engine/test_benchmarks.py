@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 CPU = ("--device", "cpu", "--tiny")
 
 
-def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, arguments)]
+def run_module(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT) + os.pathsep + os.getenv("PYTHONPATH", "")}
     process = subprocess.run(
         command, capture_output=True, text=True, check=False, env=environment, timeout=580
@@ -112,14 +112,14 @@ def test_a_table_its_report_and_resuming_it(rehearsal, tmp_path):
         assert run["num_tokens"] == pytest.approx(expected, rel=0.25)
         assert record["provenance"]["versions"]["vllm-layerskip"]
         command = record["provenance"]["command"]
-        assert command.startswith("python benchmarks/compare.py --output first-7b.json")
-    report = run_script("report.py", output).stdout
+        assert command.startswith("python -m benchmarks.decode.compare --output first-7b.json")
+    report = run_module("decode.report", output).stdout
     assert "| 16 | 2 | layerskip | E=2 K=4 |" in report
     assert "torch.compile and JIT warm-up are off" in report
 
     before = output.read_bytes()
     table = (*CPU, "--preset", "tiny", "--batch-sizes", 1, 2, "--modes", "plain", "layerskip")
-    process = run_script("compare.py", *table, "--output", output, "--resume")
+    process = run_module("decode.compare", *table, "--output", output, "--resume")
     assert output.read_bytes() == before
     assert "x plain" in process.stdout
 
@@ -129,7 +129,7 @@ def test_peers_and_the_room_that_they_leave(rehearsal, tmp_path):
     output = tmp_path / "tiny.json"
     shutil.copy(rehearsal[0] / "first-7b.json", output)
     modes = ("ngram", "early-exit")
-    run_script("compare.py", *CPU, "--modes", *modes, "--output", output, "--resume")
+    run_module("decode.compare", *CPU, "--modes", *modes, "--output", output, "--resume")
     records = load_records(output)
     assert all(record["speculation"]["num_drafts"] for record in of_mode(records, "ngram"))
     rooms = {record["mode"]: record["engine"]["kv_capacity_tokens"] for record in records}
@@ -143,8 +143,8 @@ def test_a_checkpoint_against_transformers(checkpoint, tmp_path):
     output = tmp_path / "checkpoint.json"
     modes = ("transformers", "transformers-assistant", "layerskip", "draft-model")
     load = ("--batch-sizes", 1, "--output-len", 64, "--prompt-lens", 32)
-    run_script(
-        "compare.py", *CPU, *load, "--model", checkpoint, "--modes", *modes, "--output", output
+    run_module(
+        "decode.compare", *CPU, *load, "--model", checkpoint, "--modes", *modes, "--output", output
     )
     records = {record["mode"]: record for record in load_records(output)}
     assert set(records) == set(modes)
@@ -168,8 +168,8 @@ def test_serving_under_load(checkpoint, tmp_path):
     questions.write_text("\n".join(lines))
     output = tmp_path / "serve.json"
     load = ("--concurrency", 1, 2, "--min-requests", 2, "--requests-per-slot", 1)
-    run_script(
-        "serve_bench.py", *CPU, *load, "--model", checkpoint, "--max-prompt-tokens", 64,
+    run_module(
+        "serve.bench", *CPU, *load, "--model", checkpoint, "--max-prompt-tokens", 64,
         "--questions", questions, "--modes", "layerskip", "--output", output,
     )  # fmt: skip
     records = load_records(output)
@@ -178,19 +178,19 @@ def test_serving_under_load(checkpoint, tmp_path):
         assert record["result"]["completed"] == 2
         assert record["result"]["median_tpot_ms"] > 0
         assert record["result"]["spec_decode_acceptance_length"] > 1.3
-    assert "TTFT ms" in run_script("report.py", output).stdout
+    assert "TTFT ms" in run_module("decode.report", output).stdout
 
 
 @pytest.mark.slow
 def test_training_a_model_within_its_time(tmp_path):
     model, output = tmp_path / "model", tmp_path / "trained.json"
-    run_script(
-        "train_model.py", "--size", "tiny", "--minutes", 1.2, "--corpus-mb", 1, "--packages",
+    run_module(
+        "decode.train_model", "--size", "tiny", "--minutes", 1.2, "--corpus-mb", 1, "--packages",
         "--output", model,
     )  # fmt: skip
     scores = json.loads((model / "scores.json").read_text())
     assert scores["num_steps"] >= 1
     assert json.loads((model / "generation_config.json").read_text())["use_cache"] is True
     assert scores["log"][-1]["train_loss"] < 6.5, "no better than uniform over 512 tokens"
-    run_script("compare.py", *CPU, "--model", model, "--modes", "layerskip", "--output", output)
+    run_module("decode.compare", *CPU, "--model", model, "--modes", "layerskip", "--output", output)
     assert all(record["speculation"]["num_drafts"] for record in load_records(output))

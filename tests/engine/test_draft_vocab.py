@@ -17,7 +17,7 @@ import torch
 from checkpoints import random_llama
 from vllm import SamplingParams
 
-from vllm_layerskip.draft_head import DraftHead
+from vllm_layerskip.worker.draft_head import DraftHead
 
 MAX_TOKENS = 24
 VOCAB_SIZE = 1024

@@ -19,12 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
 
-from vllm_layerskip.models import SUPPORTED_ARCHITECTURES
+from benchmarks.engines.cut_checkpoint import write_cut_checkpoint
+from vllm_layerskip.architectures import SUPPORTED_ARCHITECTURES
 from vllm_layerskip.models.early_exit import layer_of
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from cut_checkpoint import write_cut_checkpoint  # noqa: E402
 
 NUM_LAYERS, HIDDEN_SIZE, EXIT_LAYER, NUM_TOKENS = 12, 160, 3, 24
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints that are broken end the start with an error that says what is wrong.
 
-Damaged weight files, and blocks of a wrong type: ``unit/test_weight_files`` and
-``unit/test_options``. A worker that dies: ``engine/test_deployment``.
+Damaged weight files, and blocks of a wrong type: ``unit/config/test_weight_files`` and
+``unit/config/test_options``. A worker that dies: ``engine/test_deployment``.
 """
 
 from __future__ import annotations

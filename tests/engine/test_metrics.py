@@ -22,7 +22,7 @@ from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
 
 from vllm_layerskip import __version__
-from vllm_layerskip.metrics import PREFIX
+from vllm_layerskip.metrics.prometheus import PREFIX
 
 K = 5
 SCHEDULE = [(1, 1, 5), (2, 2, 2), (3, 4, 0)]

@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-BENCHMARKS = ROOT / "benchmarks"
 CPU = ("--dtype", "float32", "--device", "cpu", "--enforce-eager")
 
 
-def run_script(name: str, *arguments: object) -> str:
-    command = [sys.executable, str(BENCHMARKS / name), *map(str, arguments)]
+def run_module(name: str, *arguments: object) -> str:
+    command = [sys.executable, "-m", f"benchmarks.prompts.{name}", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT) + os.pathsep + os.getenv("PYTHONPATH", "")}
     process = subprocess.run(
         command, capture_output=True, text=True, check=False, env=environment, timeout=580
@@ -28,8 +27,8 @@ def run_script(name: str, *arguments: object) -> str:
 
 def run(checkpoint: Path, questions: Path, output: Path, *options: object) -> dict[str, list]:
     """Records by mode."""
-    run_script(
-        "real_prompts.py", "--model", checkpoint, "--questions", questions, "--output", output,
+    run_module(
+        "real_prompts", "--model", checkpoint, "--questions", questions, "--output", output,
         *CPU, *options,
     )  # fmt: skip
     by_mode: dict[str, list] = {}
@@ -41,7 +40,7 @@ def run(checkpoint: Path, questions: Path, output: Path, *options: object) -> di
 @pytest.fixture(scope="module")
 def functions(tmp_path_factory):
     path = tmp_path_factory.mktemp("questions") / "functions.jsonl"
-    path.write_text(run_script("held_out_functions.py", 4))
+    path.write_text(run_module("held_out_functions", 4))
     return path
 
 

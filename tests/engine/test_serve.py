@@ -343,7 +343,7 @@ def test_bad_flags_end_the_start_before_weights_are_loaded(checkpoint, tmp_path)
     ids=["short", "json"],
 )
 def test_the_other_spellings(checkpoint, plain, prompts, tmp_path, flags):
-    """By default: unit/test_cli_args.py, the same engine config from all three."""
+    """By default: unit/config/test_cli_args.py, the same engine config from all three."""
     server = Server(checkpoint, flags, tmp_path / "log")
     try:
         choice = server.complete(prompts[0], max_tokens=40)["choices"][0]

@@ -17,7 +17,7 @@ from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager, ModelCudaGraphManager
 
-from vllm_layerskip.draft_graphs import DraftCudaGraphManager
+from vllm_layerskip.worker.draft_graphs import DraftCudaGraphManager
 
 BLOCK_SIZE = 32
 PROMPTS = [[0, *(3 + (7 * i) % 50 for i in range(length))] for length in (4, 37, 70, 95)]

@@ -13,7 +13,7 @@ from checkpoints import load_reference
 from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
 
-from vllm_layerskip.training.exits import record_exit_states
+from vllm_layerskip.evaluation.exits import record_exit_states
 
 TOLERANCE = {"rtol": 1e-3, "atol": 2e-4}  # float32, other kernels, 12 layers
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_layerskip.options import resolve_options
+from vllm_layerskip.config.options import resolve_options
 from vllm_layerskip.tuning.cells import PLAIN, load_rows, num_equal_outputs
 from vllm_layerskip.tuning.measure import (
     CellJob,
@@ -32,7 +32,7 @@ def test_a_cell_is_measured_as_it_was_predicted(checkpoint: Path, prompts: list[
     """Plain decoding and one cell, in this process: outputs, counters, and acceptance."""
     from checkpoints import load_reference
 
-    from vllm_layerskip.tuning.exit_predictions import measure_agreement
+    from vllm_layerskip.evaluation.predictions import measure_agreement
 
     engine = EngineSettings(
         model=str(checkpoint),
@@ -84,7 +84,7 @@ def test_every_group_is_full_and_every_prompt_in_one() -> None:
 
 def run_tune(*arguments: object) -> str:
     command: Sequence[str] = [
-        sys.executable, "-m", "vllm_layerskip.cli", "tune", *map(str, arguments)
+        sys.executable, "-m", "vllm_layerskip.commands.main", "tune", *map(str, arguments)
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT) + os.pathsep + os.getenv("PYTHONPATH", "")}
     process = subprocess.run(

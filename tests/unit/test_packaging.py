@@ -66,7 +66,10 @@ def test_the_wheel_has_what_it_needs(wheel):
     assert metadata["Version"] == vllm_layerskip.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert {"cpu", "gpu", "train", "ray", "bench"} <= set(metadata.get_all("Provides-Extra"))
-    for entry in ("layerskip = vllm_layerskip.plugin:register", "vllm_layerskip.cli:main"):
+    for entry in (
+        "layerskip = vllm_layerskip.plugin:register",
+        "vllm_layerskip.commands.main:main",
+    ):
         assert entry in entry_points
 
 

@@ -9,22 +9,23 @@ import sys
 
 import pytest
 
-from vllm_layerskip import host, plugin
+from vllm_layerskip import plugin
+from vllm_layerskip.host import check, version
 
 FREE_OF_VLLM = (
     "vllm_layerskip",
-    "vllm_layerskip.cli",
-    "vllm_layerskip.cli_args",
-    "vllm_layerskip.draft_vocab",
-    "vllm_layerskip.early_exit",
+    "vllm_layerskip.commands.main",
+    "vllm_layerskip.config.cli_args",
+    "vllm_layerskip.config.draft_vocab",
+    "vllm_layerskip.config.early_exit",
     "vllm_layerskip.host",
-    "vllm_layerskip.metrics",
+    "vllm_layerskip.metrics.prometheus",
     "vllm_layerskip.models",
-    "vllm_layerskip.options",
+    "vllm_layerskip.config.options",
     "vllm_layerskip.plugin",
-    "vllm_layerskip.step_counts",
+    "vllm_layerskip.metrics.step_counts",
     "vllm_layerskip.training.recipe",
-    "vllm_layerskip.triton_interpreter",
+    "vllm_layerskip.cpu.triton_interpreter",
 )
 WRAPPED = (
     "vllm.engine.arg_utils:EngineArgs.create_speculative_config",
@@ -52,14 +53,14 @@ def unregistered(monkeypatch):
     for path in WRAPPED:
         owner, name = _owner(path)
         static = inspect.getattr_static(owner, name)
-        original = inspect.unwrap(host.resolve(path))
+        original = inspect.unwrap(check.resolve(path))
         kind = type(static) if isinstance(static, staticmethod | classmethod) else lambda f: f
         monkeypatch.setattr(owner, name, kind(original))
     return monkeypatch
 
 
 def _is_wrapped(path):
-    return host.resolve(path) is not inspect.unwrap(host.resolve(path))
+    return check.resolve(path) is not inspect.unwrap(check.resolve(path))
 
 
 def test_the_plugin_and_all_that_it_imports_load_neither_vllm_nor_torch():
@@ -74,11 +75,11 @@ def test_the_plugin_and_all_that_it_imports_load_neither_vllm_nor_torch():
 def test_register_wraps_every_piece_of_vllm_exactly_once(unregistered):
     assert not any(map(_is_wrapped, WRAPPED))
     plugin.register()
-    first = [host.resolve(path) for path in WRAPPED]
+    first = [check.resolve(path) for path in WRAPPED]
     assert all(map(_is_wrapped, WRAPPED))
     assert not any(hasattr(wrapper.__wrapped__, "__wrapped__") for wrapper in first)
     plugin.register()
-    assert [host.resolve(path) for path in WRAPPED] == first
+    assert [check.resolve(path) for path in WRAPPED] == first
 
 
 def _without(*path_and_names):
@@ -94,7 +95,8 @@ def _wrap_fails(monkeypatch):
     def wrap(*_):
         raise RuntimeError("cannot wrap")
 
-    monkeypatch.setattr(host, "wrap", wrap)
+    monkeypatch.setattr(plugin, "wrap", wrap)
+    monkeypatch.setattr("vllm_layerskip.host.wrap.wrap", wrap)
 
 
 def _no_module(name):
@@ -125,7 +127,7 @@ MISSING = {
         _without(("vllm.model_executor.models.registry:", "ModelRegistry")),
         WRAPPED,
     ),
-    "whatever host.wrap needs": (_wrap_fails, ()),
+    "whatever wrap needs": (_wrap_fails, ()),
 }
 
 
@@ -143,7 +145,7 @@ def test_register_warns_and_goes_on_when_a_piece_of_vllm_is_missing(
     assert warnings
     assert all(record.exc_info for record in warnings)
     for record in warnings:
-        assert host.vllm_version() in record.getMessage()
+        assert version.vllm_version() in record.getMessage()
         assert "LayerSkip is not available" in record.getMessage()
 
 

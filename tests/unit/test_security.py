@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import vllm_layerskip
-from vllm_layerskip.draft_vocab import read_draft_vocab
-from vllm_layerskip.options import resolve_options
-from vllm_layerskip.worker_extension import LayerSkipWorkerExtension
+from vllm_layerskip.config.draft_vocab import read_draft_vocab
+from vllm_layerskip.config.options import resolve_options
+from vllm_layerskip.metrics.worker_extension import LayerSkipWorkerExtension
 
 PACKAGE = Path(vllm_layerskip.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))

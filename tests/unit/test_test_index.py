@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 INDEX = (ROOT / "docs" / "tests.md").read_text()
-NAMED_TESTS = sorted(set(re.findall(r"`((?:engine|unit)/test_\w+\.py)::(\w+)`", INDEX)))
-NAMED_FILES = sorted(set(re.findall(r"`((?:engine|unit)/\w+\.py)(?:::\w+)?`", INDEX)))
+NAMED_TESTS = sorted(set(re.findall(r"`((?:engine|unit)/(?:\w+/)*test_\w+\.py)::(\w+)`", INDEX)))
+NAMED_FILES = sorted(set(re.findall(r"`((?:engine|unit)/(?:\w+/)*\w+\.py)(?:::\w+)?`", INDEX)))
 
 
 def functions(path: Path) -> set[str]:
@@ -42,5 +42,5 @@ def test_no_reference_escapes_the_check():
     mentions = re.findall(r"test_\w+\.py", INDEX)
     upstream = re.findall(r"(?:^|[ (])`?tests/v1/\S*", INDEX)
     inside_upstream = sum(len(re.findall(r"test_\w+\.py", path)) for path in upstream)
-    checked = re.findall(r"`(?:engine|unit)/test_\w+\.py(?:::\w+)?`", INDEX)
+    checked = re.findall(r"`(?:engine|unit)/(?:\w+/)*test_\w+\.py(?:::\w+)?`", INDEX)
     assert len(mentions) == len(checked) + inside_upstream

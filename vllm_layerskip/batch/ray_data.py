@@ -19,7 +19,7 @@ from vllm_layerskip.batch.one_engine import chat_token_ids
 from vllm_layerskip.batch.output import Answer
 from vllm_layerskip.batch.rows import Row
 from vllm_layerskip.batch.settings import JobSettings
-from vllm_layerskip.commands import UserError
+from vllm_layerskip.errors import UserError
 
 _OTHER_CPUS = 2
 _HANDED_ON = ("TRITON_", "VLLM_", "OMP_", "HF_", "LAYERSKIP_", "TOKENIZERS_")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_layerskip.batch.parameters import merged
-from vllm_layerskip.commands import UserError
+from vllm_layerskip.errors import UserError
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
 ID_KEYS = ("id", "custom_id")

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_layerskip.commands import UserError
+from vllm_layerskip.errors import UserError
 
 FILE = "settings.json"
 

@@ -6,10 +6,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class UserError(Exception):
-    """A mistake that its user can correct; the message says how."""
-
-
 class Command(NamedTuple):
     name: str
     module: str

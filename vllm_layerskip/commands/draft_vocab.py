@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_layerskip.commands import UserError
-from vllm_layerskip.draft_vocab import write_token_ids
-from vllm_layerskip.text_files import jsonl_text, text_files
+from vllm_layerskip.config.draft_vocab import write_token_ids
+from vllm_layerskip.errors import UserError
+from vllm_layerskip.files.text import jsonl_text, text_files
 
 PASSAGE_CHARS = 20_000
 """Texts are cut at line ends into passages of about this size."""

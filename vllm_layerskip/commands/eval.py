@@ -21,13 +21,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_layerskip.commands import UserError
+from vllm_layerskip.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from vllm_layerskip.training.evaluation_data import BeginOfSequence, EncodedText, Windows
-    from vllm_layerskip.training.evaluation_report import Result
+    from vllm_layerskip.evaluation.data import BeginOfSequence, EncodedText, Windows
+    from vllm_layerskip.evaluation.report import Result
 
 DEFAULT_SEQ_LEN = 2048
 """Or the model's longest, if that is shorter."""
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"{error.name} is not installed. Install it (pip install 'vllm-layerskip[train]')."
         ) from None
-    from vllm_layerskip.training import evaluation_report as report
+    from vllm_layerskip.evaluation import report
 
     if args.from_json is not None:
         _refuse_with_from_json(args)
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
     if args.markdown is not None:
         args.markdown.write_text(report.markdown(result), encoding="utf-8")
     if args.plot is not None:
-        from vllm_layerskip.training.evaluation_plot import write_plot
+        from vllm_layerskip.evaluation.plot import write_plot
 
         write_plot(result, args.plot)
 
@@ -130,7 +130,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise UserError(f"--{option} {path} must be a file in a folder that exists.")
     if args.plot is not None:
-        from vllm_layerskip.training.evaluation_plot import check_path
+        from vllm_layerskip.evaluation.plot import check_path
 
         check_path(args.plot)
 
@@ -145,7 +145,7 @@ def _refuse_with_from_json(args: argparse.Namespace) -> None:
 def _print(result: Result) -> None:
     from rich.console import Console
 
-    from vllm_layerskip.training.evaluation_report import terminal_table
+    from vllm_layerskip.evaluation.report import terminal_table
 
     # Of a pipe rich would take 80 columns and fold numbers.
     Console(width=None if sys.stdout.isatty() else 160).print(terminal_table(result))
@@ -157,8 +157,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: a checkpoint, the data or a setting is not usable; the message says why.
     """
-    from vllm_layerskip.training import evaluation_data
-    from vllm_layerskip.training.evaluation_report import KIND, labels_of
+    from vllm_layerskip.evaluation import data as evaluation_data
+    from vllm_layerskip.evaluation.report import KIND, labels_of
 
     names = [args.model] if args.compare is None else [args.model, args.compare]
     labels = labels_of(names, args.labels)
@@ -262,7 +262,7 @@ def _encode(
     args: argparse.Namespace, names: Sequence[str], configs: Sequence[Any]
 ) -> tuple[EncodedText, int | None]:
     """The text as token ids, which must be the same for all models; and the id that begins it."""
-    from vllm_layerskip.training.evaluation_data import encode, read_documents
+    from vllm_layerskip.evaluation.data import encode, read_documents
 
     documents = read_documents(args.data, args.text_field)
     found: list[tuple[EncodedText, int | None]] = []
@@ -317,7 +317,7 @@ def _score(args: argparse.Namespace, name: str, device: str, windows: Windows) -
     """Load one model, score its exits, and let go of it."""
     from tqdm import tqdm
 
-    from vllm_layerskip.training.evaluate import score_exits
+    from vllm_layerskip.evaluation.scores import score_exits
 
     model = load_model(name, args.dtype, device, args.trust_remote_code)
     check_exit_head(name, model, windows, _TOLERANCE[args.dtype])
@@ -346,7 +346,7 @@ def load_model(name: str, dtype: str, device: str, trust_remote_code: bool = Fal
     import torch
     from transformers import AutoModelForCausalLM
 
-    from vllm_layerskip.training.exits import check_decoder
+    from vllm_layerskip.evaluation.exits import check_decoder
 
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -377,7 +377,7 @@ def check_exit_head(name: str, model: nn.Module, windows: Windows, tolerance: fl
     """
     import torch
 
-    from vllm_layerskip.training.evaluate import last_exit_difference
+    from vllm_layerskip.evaluation.scores import last_exit_difference
 
     with torch.inference_mode():
         difference = last_exit_difference(model, windows.token_ids[:1, :64].to(model.device))

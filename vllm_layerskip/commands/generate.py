@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_layerskip.commands import UserError
 from vllm_layerskip.commands.arguments import json_object
+from vllm_layerskip.errors import UserError
 
 if TYPE_CHECKING:
     from vllm_layerskip.batch.output import Answer
@@ -178,7 +178,7 @@ def _engine_args(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _device(args: argparse.Namespace) -> str:
-    from vllm_layerskip.tuning.hardware import gpu_info
+    from vllm_layerskip.measuring.hardware import gpu_info
 
     return args.device or ("cuda" if gpu_info() else "cpu")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vllm_layerskip.commands import UserError
+from vllm_layerskip.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,11 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_layerskip.commands import UserError
 from vllm_layerskip.commands.arguments import json_object
+from vllm_layerskip.errors import UserError
 
 if TYPE_CHECKING:
-    from vllm_layerskip.tuning.agreement import Agreement
+    from vllm_layerskip.evaluation.agreement import Agreement
     from vllm_layerskip.tuning.cells import Row
     from vllm_layerskip.tuning.costs import RooflineCosts
     from vllm_layerskip.tuning.measure import CellJob
@@ -189,9 +189,9 @@ def make_plan(args: argparse.Namespace) -> Plan:
     Raises:
         UserError: an option is wrong; the message names it, its value and what to do.
     """
+    from vllm_layerskip.measuring.hardware import gpu_info
     from vllm_layerskip.tuning.cells import settings_digest
     from vllm_layerskip.tuning.checkpoint_block import check_writable, read_config
-    from vllm_layerskip.tuning.hardware import gpu_info
     from vllm_layerskip.tuning.measure import CellJob, Load
     from vllm_layerskip.tuning.prompts import encode_prompts, read_prompts, spread
     from vllm_layerskip.tuning.tune import Grid
@@ -325,7 +325,7 @@ def execute(plan: Plan) -> Result:
 
 
 def _agreement(plan: Plan) -> Agreement:
-    from vllm_layerskip.tuning.agreement import Agreement
+    from vllm_layerskip.evaluation.agreement import Agreement
     from vllm_layerskip.tuning.jobs import agreement_in_process
     from vllm_layerskip.tuning.ray_jobs import agreement_on_cluster
 
@@ -353,9 +353,9 @@ def _agreement(plan: Plan) -> Agreement:
 
 
 def _write(plan: Plan, result: Result) -> None:
+    from vllm_layerskip.measuring.provenance import provenance
     from vllm_layerskip.tuning.checkpoint_block import tuned_block, write_config
     from vllm_layerskip.tuning.plot import draw_map
-    from vllm_layerskip.tuning.provenance import provenance
     from vllm_layerskip.tuning.report import serve_line, to_dict
 
     facts = provenance()
@@ -405,8 +405,8 @@ def _identity(
 
     The checkpoint's block is left out: cells state their E and K.
     """
-    from vllm_layerskip.tuning.hardware import gpu_info
-    from vllm_layerskip.tuning.provenance import code_digest, cpu_model, versions
+    from vllm_layerskip.measuring.hardware import gpu_info
+    from vllm_layerskip.measuring.provenance import code_digest, cpu_model, versions
 
     digest = hashlib.sha256(json.dumps([load["prompts"], draft_vocab]).encode()).hexdigest()[:12]
     return {
@@ -440,8 +440,8 @@ def _engine(
     num_needed: int,
     batch_size: int,
 ) -> Any:
+    from vllm_layerskip.measuring.shapes import Shape
     from vllm_layerskip.tuning.measure import EngineSettings
-    from vllm_layerskip.tuning.shapes import Shape
 
     longest = config.get("max_position_embeddings")
     longest = longest if isinstance(longest, int) else sys.maxsize
@@ -475,8 +475,8 @@ def _draft_vocab(
     request: str | None, model: str, config: Mapping[str, Any]
 ) -> tuple[int, ...] | None:
     """Token ids that drafts may be, as an engine would read them."""
-    from vllm_layerskip.draft_vocab import read_draft_vocab
-    from vllm_layerskip.options import resolve_options
+    from vllm_layerskip.config.draft_vocab import read_draft_vocab
+    from vllm_layerskip.config.options import resolve_options
 
     block = config.get("layerskip")
     name = block.get("draft_vocab") if isinstance(block, dict) else None
@@ -495,10 +495,10 @@ def _draft_vocab(
 
 
 def _roofline(hardware: str, config: Mapping[str, Any], dtype: str) -> RooflineCosts:
+    from vllm_layerskip.measuring.hardware import GPUS, find_by_part
+    from vllm_layerskip.measuring.roofline import NUM_BYTES, Roofline
+    from vllm_layerskip.measuring.shapes import Shape
     from vllm_layerskip.tuning.costs import RooflineCosts
-    from vllm_layerskip.tuning.hardware import GPUS, find_by_part
-    from vllm_layerskip.tuning.roofline import NUM_BYTES, Roofline
-    from vllm_layerskip.tuning.shapes import Shape
 
     found = find_by_part(hardware)
     if found is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vllm_layerskip.models import SUPPORTED_ARCHITECTURES
+from vllm_layerskip.architectures import SUPPORTED_ARCHITECTURES
 
 BEGIN = "<!-- table: python -m vllm_layerskip.models --write docs/models.md -->"
 END = "<!-- end of table -->"

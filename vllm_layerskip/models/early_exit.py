@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's own model classes, loading a checkpoint of which they hold the first layers only.
 
-The config that they are built from says E layers (``vllm_layerskip.early_exit``), so that layers
-E.. have neither parameters nor a KV cache. What is left to do is to skip their weights.
+Their config says E layers (``config/early_exit.py``), so layers E and up have neither parameters
+nor a KV cache. The classes here skip the weights of those layers.
 
 There is a class ``EarlyExit<architecture>`` for each supported architecture, made when it is
 asked for: importing all of vLLM's classes for one of them would be slow.
@@ -20,7 +20,8 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.registry import ModelRegistry
 
-from vllm_layerskip.early_exit import KEY, NUM_CHECKPOINT_LAYERS, architectures
+from vllm_layerskip.architectures import early_exit_architectures
+from vllm_layerskip.config.early_exit import KEY, NUM_CHECKPOINT_LAYERS
 
 logger = init_logger("vllm.layerskip.early_exit")
 
@@ -64,7 +65,7 @@ def layer_of(weight_name: str) -> int:
 
 def __getattr__(name: str) -> type[nn.Module]:
     """``EarlyExit<architecture>`` for ``name``."""
-    for architecture, early_exit_architecture in architectures().items():
+    for architecture, early_exit_architecture in early_exit_architectures().items():
         if name == early_exit_architecture:
             base = ModelRegistry.models[architecture].load_model_cls()
             cls = type(name, (EarlyExit, base), {"__module__": __name__, "__doc__": base.__doc__})

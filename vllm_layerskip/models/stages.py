@@ -28,18 +28,17 @@ from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.ir.op import IrOp
-from vllm.model_executor.models.utils import extract_layer_index
 
-from vllm_layerskip.config import LayerSkipConfig
-from vllm_layerskip.draft_head import ExitHead
-from vllm_layerskip.verify_plan import VerifyPlan, current_verify_plan
-from vllm_layerskip.weight_files import missing_weights
+from vllm_layerskip.config.layerskip_config import LayerSkipConfig
+from vllm_layerskip.config.weight_files import missing_weights
+from vllm_layerskip.models.exit_head import ExitHead
+from vllm_layerskip.worker.verify_plan import VerifyPlan, current_verify_plan
 
 if TYPE_CHECKING:
     from vllm.sequence import IntermediateTensors
 
-    from vllm_layerskip.exit_states import ExitStates
-    from vllm_layerskip.lora_rows import LoraRows
+    from vllm_layerskip.worker.exit_states import ExitStates
+    from vllm_layerskip.worker.lora_rows import LoraRows
 
 
 class Decoder:
@@ -184,7 +183,7 @@ class LayerSkipForCausalLM(ExitHead, Decoder, nn.Module):
 
     @classmethod
     def get_model_state_cls(cls) -> type:
-        from vllm_layerskip.model_state import LayerSkipModelState
+        from vllm_layerskip.worker.model_state import LayerSkipModelState
 
         return LayerSkipModelState
 
@@ -325,8 +324,3 @@ def _late_stage_inputs(vllm_config: VllmConfig) -> torch.Tensor:
     model_config = vllm_config.model_config
     # Loaded on the model's device, which is the default while a model is built.
     return torch.zeros(2, num_tokens, model_config.get_hidden_size(), dtype=model_config.dtype)
-
-
-def early_attn_layer_names(attn_layer_names: set[str], exit_layer: int) -> set[str]:
-    """Names of the attention layers of layers 0..E-1."""
-    return {name for name in attn_layer_names if extract_layer_index(name) < exit_layer}

@@ -7,8 +7,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from vllm_layerskip.training.embedded_checkpoint import TrainingPlan, run
 from vllm_layerskip.training.recipe import Recipe
-from vllm_layerskip.training.train import TrainingPlan, run
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ on real text; it is no useful code model.
 
 * **Data:** the sources of Python's standard library (Python {versions["python"]}, without tests,
   tables and generated files). Whole modules are held out, from tokenizer and model alike; the
-  list is `HELD_OUT_MODULES` in `vllm_layerskip/training/corpus.py`. SHA-256 over all texts:
+  list is `HELD_OUT_MODULES` in `vllm_layerskip/files/corpus.py`. SHA-256 over all texts:
   `{scores["corpus_sha256"]}`. The sources are under the PSF licence.
 * **Command:** `{COMMAND}`
 * **Versions:** Python {versions["python"]}, torch {versions["torch"]}, transformers

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from vllm_layerskip.commands import UserError
+from vllm_layerskip.errors import UserError
 from vllm_layerskip.training.recipe import Recipe
 
 Dtype = Literal["float32", "bfloat16", "float16"]

@@ -24,10 +24,10 @@ from datasets import (  # type: ignore[import-untyped]
 from datasets.exceptions import DatasetGenerationError  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
-from vllm_layerskip.commands import UserError
-from vllm_layerskip.text_files import json_value, text_files
+from vllm_layerskip.errors import UserError
+from vllm_layerskip.files.corpus import load_stdlib
+from vllm_layerskip.files.text import json_value, text_files
 from vllm_layerskip.training.config import DataConfig, Source
-from vllm_layerskip.training.corpus import load_stdlib
 from vllm_layerskip.training.loss import IGNORED
 
 _VERSION = 1

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from vllm_layerskip.evaluation.exits import around_layers, exit_logits
 from vllm_layerskip.training.dropout import run_kept
-from vllm_layerskip.training.exits import around_layers, exit_logits
 
 IGNORED = -100
 CHUNK_TOKENS = 1024

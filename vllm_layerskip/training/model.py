@@ -18,9 +18,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from vllm_layerskip.commands import UserError
+from vllm_layerskip.errors import UserError
+from vllm_layerskip.evaluation.exits import check_decoder
 from vllm_layerskip.training.config import ModelConfig, OutputConfig, check_keys
-from vllm_layerskip.training.exits import check_decoder
 from vllm_layerskip.training.recipe import Recipe
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from vllm_layerskip.commands import UserError
+from vllm_layerskip.errors import UserError
 from vllm_layerskip.training.config import TrainConfig
 from vllm_layerskip.training.run import check_run
 

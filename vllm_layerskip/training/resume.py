@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from vllm_layerskip.commands import UserError
+from vllm_layerskip.errors import UserError
 from vllm_layerskip.training.atomic_saves import UNFINISHED
 from vllm_layerskip.training.config import TrainConfig
 

@@ -17,7 +17,7 @@ from datasets import Dataset  # type: ignore[import-untyped]
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from vllm_layerskip.commands import UserError
+from vllm_layerskip.errors import UserError
 from vllm_layerskip.training.config import TrainConfig, check_keys
 from vllm_layerskip.training.data import Collator, load_samples
 from vllm_layerskip.training.model import (

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
+from vllm_layerskip.evaluation.exits import check_decoder
 from vllm_layerskip.training.atomic_saves import AtomicSaves
 from vllm_layerskip.training.dropout import kept_samples
-from vllm_layerskip.training.exits import check_decoder
 from vllm_layerskip.training.loss import ExitLoss, ExitMeter, positive
 from vllm_layerskip.training.recipe import Recipe, exit_loss_weights, layer_dropout_rates
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from vllm_layerskip.commands import UserError
+from vllm_layerskip.errors import UserError
 
 PLAIN = (0, 0)
 """The (E, K) of plain decoding."""

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_layerskip.commands import UserError
-from vllm_layerskip.options import SCHEDULE
+from vllm_layerskip.config.options import SCHEDULE
+from vllm_layerskip.errors import UserError
 from vllm_layerskip.tuning.schedule import Choice
 
 BACKUP_SUFFIX = ".before-tune"

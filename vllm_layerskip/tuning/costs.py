@@ -25,7 +25,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vllm_layerskip.tuning.roofline import Decoding, Roofline
+from vllm_layerskip.measuring.roofline import Decoding, Roofline
 
 
 class Costs(Protocol):

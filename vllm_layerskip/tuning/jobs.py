@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllm_layerskip.commands import UserError
-from vllm_layerskip.tuning.agreement import Agreement
+from vllm_layerskip.errors import UserError
+from vllm_layerskip.evaluation.agreement import Agreement
+from vllm_layerskip.measuring.processes import logged_process
 from vllm_layerskip.tuning.cells import Row
 from vllm_layerskip.tuning.measure import CellJob
-from vllm_layerskip.tuning.processes import logged_process
 
 _LOG_LINES = 12
 

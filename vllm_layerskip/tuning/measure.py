@@ -18,8 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vllm_layerskip.measuring.timing import Window, run_steps, steady_window
 from vllm_layerskip.tuning.cells import PLAIN, Row, output_digest
-from vllm_layerskip.tuning.timing import Window, run_steps, steady_window
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -199,7 +199,7 @@ def _run(
 def _counts(llm: LLM, cell: tuple[int, int]) -> tuple[int, int]:
     if cell == PLAIN:
         return 0, 0
-    from vllm_layerskip.counters import read_counters
+    from vllm_layerskip.metrics.counters import read_counters
 
     counters = read_counters(llm)
     return counters.num_drafts, counters.num_accepted_tokens

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_layerskip.tuning.agreement import Agreement
+from vllm_layerskip.evaluation.agreement import Agreement
 from vllm_layerskip.tuning.costs import Costs
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_layerskip.commands import UserError
+from vllm_layerskip.errors import UserError
 
 TEXT_KEYS = ("prompt", "text")
 _JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")

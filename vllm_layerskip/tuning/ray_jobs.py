@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_layerskip.commands import UserError
-from vllm_layerskip.tuning.agreement import Agreement
+from vllm_layerskip.errors import UserError
+from vllm_layerskip.evaluation.agreement import Agreement
 from vllm_layerskip.tuning.cells import Row
 from vllm_layerskip.tuning.jobs import agreement_request, worker_environment
 from vllm_layerskip.tuning.measure import CellJob
@@ -221,8 +221,8 @@ def _work(request: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]
 
 
 def _facts() -> dict[str, Any]:
-    from vllm_layerskip.tuning.hardware import gpu_info
-    from vllm_layerskip.tuning.provenance import code_digest, cpu_model, versions
+    from vllm_layerskip.measuring.hardware import gpu_info
+    from vllm_layerskip.measuring.provenance import code_digest, cpu_model, versions
 
     machine = (gpu_info() or {}).get("name") or cpu_model()
     return {"machine": machine, "versions": versions(), "code": code_digest()}

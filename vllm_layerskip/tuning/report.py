@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from vllm_layerskip.options import SCHEDULE
+from vllm_layerskip.config.options import SCHEDULE
 from vllm_layerskip.tuning.cells import PLAIN, Row, num_equal_outputs
 from vllm_layerskip.tuning.schedule import Choice
 from vllm_layerskip.tuning.tune import Result, step_costs

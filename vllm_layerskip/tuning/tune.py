@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_layerskip.commands import UserError
-from vllm_layerskip.tuning.agreement import Agreement
+from vllm_layerskip.errors import UserError
+from vllm_layerskip.evaluation.agreement import Agreement
 from vllm_layerskip.tuning.cells import PLAIN, Row, append_rows, least_disturbed, load_rows
 from vllm_layerskip.tuning.costs import (
     Costs,

@@ -38,7 +38,7 @@ def _agreement(job: Mapping[str, Any]) -> dict[str, Any]:
     gc.collect()
     import torch
 
-    from vllm_layerskip.tuning.exit_predictions import generate_greedily, measure_agreement
+    from vllm_layerskip.evaluation.predictions import generate_greedily, measure_agreement
 
     device = torch.device(engine.device)
     if device.type == "cuda":

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure one mode in one process: one engine, every prompt length and batch size.
+
+    python -m benchmarks.decode.measure --mode layerskip --preset 7b-cnndm --batch-sizes 1 32
+
+Each cell (prompt length, batch size) goes to ``--output`` when it is done. Only steady decoding
+is timed (``timing.py``): the prompts' K/V come from the prefix cache, which one pass fills
+beforehand. ``benchmarks/decode/compare.py`` runs the modes of a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.decode.cells import Clock, Emit, Point, summarise
+from benchmarks.decode.measure_transformers import measure_transformers
+from benchmarks.decode.prompts import make_prompts
+from benchmarks.engines.arguments import (
+    FRESH_CACHE_VARIABLE,
+    engine_arguments,
+    prepare_environment,
+)
+from benchmarks.engines.facts import (
+    kv_capacity_tokens,
+    speculation_between,
+    speculation_counts,
+    worker_memory,
+)
+from benchmarks.engines.modes import MODES, TRANSFORMERS_MODES
+from benchmarks.engines.results import add_record, finished_cells, load_records
+from benchmarks.engines.settings import Settings, add_arguments, settings_from
+from vllm_layerskip.measuring.provenance import provenance
+from vllm_layerskip.measuring.timing import run_steps, steady_window
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+
+def measure_cell(
+    llm: LLM, settings: Settings, mode: str, prompts: list[list[int]]
+) -> dict[str, Any]:
+    """Warm up, then decode all prompts ``repeats`` times."""
+    num_drafts = settings.num_speculative_tokens
+    run_steps(llm, prompts, min(settings.output_len, 8 + 4 * (num_drafts + 1)))
+    before = speculation_counts(llm, mode)
+    windows = [
+        steady_window(run_steps(llm, prompts, settings.output_len), len(prompts))
+        for _ in range(settings.repeats)
+    ]
+    counts = speculation_between(before, speculation_counts(llm, mode))
+    return summarise(windows) | {"speculation": counts}
+
+
+def num_needed_tokens(settings: Settings, prompt_len: int, batch_size: int) -> int:
+    """KV cache slots of a cell: prompts, answers, and the drafts behind them."""
+    return batch_size * (prompt_len + settings.output_len + settings.num_speculative_tokens + 1)
+
+
+def measure_engine(
+    settings: Settings, mode: str, cells: list[Point], clock: Clock, emit: Emit
+) -> None:
+    """Start the mode's engine and measure the cells."""
+    import_start = time.perf_counter()
+    from vllm import LLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = engine_arguments(settings, mode, Path(folder), fixed_batches=True)
+        start = time.perf_counter()
+        llm = LLM(**arguments)
+        engine: dict[str, Any] = {
+            "fresh_cache": FRESH_CACHE_VARIABLE in os.environ,
+            "import_s": round(start - import_start, 2),
+            "start_s": round(time.perf_counter() - start, 2),
+            "kv_capacity_tokens": kv_capacity_tokens(llm),
+            "memory": llm.collective_rpc(worker_memory)[0],
+            "arguments": {k: value for k, value in arguments.items() if k != "model"},
+            "prefill_s": {},
+        }
+        room = engine["kv_capacity_tokens"]
+        prompts: list[list[int]] = []
+        for prompt_len, batch_size in cells:
+            emit_cell = _bound_emit(emit, engine, prompt_len, batch_size)
+            need = num_needed_tokens(settings, prompt_len, batch_size)
+            if need > room:
+                emit_cell({"status": "no-room", "reason": f"{need} KV slots of {room}"})
+                continue
+            if not clock.has_time():
+                emit_cell({"status": "no-time", "reason": f"limit of {clock.limit_s} s"})
+                continue
+            begin = time.perf_counter()
+            if not prompts or len(prompts[0]) != prompt_len:
+                prompts, seconds = _fill_prefix_cache(llm, settings, prompt_len, room)
+                engine["prefill_s"][str(prompt_len)] = seconds
+            emit_cell({"status": "ok"} | measure_cell(llm, settings, mode, prompts[:batch_size]))
+            clock.observe(time.perf_counter() - begin)
+
+
+def _fill_prefix_cache(
+    llm: LLM, settings: Settings, prompt_len: int, room: int
+) -> tuple[list[list[int]], float]:
+    """Prompts of the largest batch that fits, with K/V in the cache, and the seconds it took."""
+    fitting = [
+        batch_size
+        for batch_size in settings.batch_sizes
+        if num_needed_tokens(settings, prompt_len, batch_size) <= room
+    ]
+    config = llm.llm_engine.vllm_config.model_config
+    prompts = make_prompts(
+        settings.prompts, max(fitting), prompt_len, config.get_vocab_size(), Path(config.model)
+    )
+    start = time.perf_counter()
+    run_steps(llm, prompts, max_tokens=1)
+    return prompts, round(time.perf_counter() - start, 3)
+
+
+def _bound_emit(emit: Emit, engine: dict[str, Any], prompt_len: int, batch_size: int) -> Emit:
+    def emit_cell(record: dict[str, Any]) -> None:
+        emit({"prompt_len": prompt_len, "batch_size": batch_size, "engine": engine} | record)
+
+    return emit_cell
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    parser.add_argument("--num-speculative-tokens", type=int, help="K")
+    parser.add_argument("--mode", choices=MODES, required=True)
+    parser.add_argument("--time-limit", type=float, help="Seconds; no cell is begun beyond.")
+    parser.add_argument("--note", help="A sentence on the setting, kept with every cell.")
+    parser.add_argument("--output", type=Path, required=True, help="Result file; it is added to.")
+    args = parser.parse_args()
+    try:
+        settings = settings_from(args)
+    except ValueError as error:
+        parser.error(str(error))
+    prepare_environment(settings.device)
+    finished = finished_cells(load_records(args.output), args.mode, settings.identity())
+    cells = [cell for cell in settings.cells() if cell not in finished]
+    common = {
+        "kind": "decode",
+        "mode": args.mode,
+        "settings": settings.identity(),
+        "model_shape": asdict(settings.model_shape()),
+        "num_draft_vocab_ids": settings.num_draft_vocab_ids,
+        "provenance": provenance(),
+        **({"note": args.note} if args.note else {}),
+    }
+
+    def emit(record: dict[str, Any]) -> None:
+        add_record(args.output, common | record)
+
+    clock = Clock(args.time_limit)
+    if not cells:
+        print(f"Nothing left to measure: {args.output} has every cell of {args.mode}.")
+    elif args.mode in TRANSFORMERS_MODES:
+        measure_transformers(settings, args.mode, cells, clock, emit)
+    else:
+        measure_engine(settings, args.mode, cells, clock, emit)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Result files as Markdown: ``python -m benchmarks.decode.report benchmarks/results/*.json``.
+
+Every table names its file, commit, versions and GPU, so that no figure stands without a source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from benchmarks.decode.summary import HEADER, cells, model_name, rows
+from benchmarks.engines.results import Record, command_today, load_records
+from benchmarks.serve.summary import SERVE_HEADER, is_serve_record, serve_cells
+
+
+def report(path: Path, bandwidth: float | None = None) -> str:
+    """The tables of one result file, one for each model."""
+    records = load_records(path)
+    parts = [f"## {path.name}"]
+    by_model = sorted(records, key=model_name)
+    for name, group in groupby(by_model, key=model_name):
+        parts += [f"### {name}", *_tables(list(group), bandwidth)]
+    parts.append(_source(records))
+    return "\n\n".join(parts)
+
+
+def _tables(records: list[Record], bandwidth: float | None) -> Iterable[str]:
+    serve = [record for record in records if is_serve_record(record)]
+    decode = [record for record in records if not is_serve_record(record)]
+    if decode:
+        yield " ".join([_caption(decode), *_notes(decode)])
+        yield markdown(HEADER, map(cells, rows(decode, bandwidth)))
+        yield from _engines(decode)
+    if serve:
+        yield markdown(SERVE_HEADER, map(serve_cells, serve))
+
+
+def _caption(records: Sequence[Record]) -> str:
+    settings = records[0]["settings"]
+    is_real = settings["synthetic_acceptance_length"] is None
+    drafts = "real acceptance" if is_real else "synthetic acceptance"
+    return (
+        f"Steady decoding of {settings['output_len']} tokens after {settings['prompts']} prompts, "
+        f"{settings['dtype']}, greedy, {drafts}; median of {settings['repeats']} run(s). Limits: "
+        "the roofline of `vllm_layerskip/measuring/roofline.py`."
+    )
+
+
+def _notes(records: Sequence[Record]) -> Iterable[str]:
+    """What was said of the settings, once each."""
+    return dict.fromkeys(record["note"] for record in records if "note" in record)
+
+
+def _engines(records: Sequence[Record]) -> Iterable[str]:
+    """What each engine took to start and to hold."""
+    header = ("mode", "setting", "start s", "weights GB", "draft weights GB", "KV cache GB",
+              "KV cache tokens", "exit states MB", "GPU GB used")  # fmt: skip
+    seen: dict[tuple[str, str], list[str]] = {}
+    for row in rows(records):
+        engine = row.record.get("engine")
+        if engine is not None and "memory" in engine:
+            seen.setdefault((row.mode, row.setting), _engine_cells(engine))
+    if seen:
+        yield markdown(header, [[*key, *values] for key, values in seen.items()])
+
+
+def _engine_cells(engine: dict[str, Any]) -> list[str]:
+    memory = engine["memory"]
+
+    def size(name: str, unit: float) -> str:
+        return f"{memory[name] / unit:.2f}" if name in memory else ""
+
+    return [
+        f"{engine['start_s']:.1f}{' (empty caches)' if engine['fresh_cache'] else ''}",
+        size("weights_bytes", 1e9),
+        size("draft_weights_bytes", 1e9),
+        size("kv_cache_bytes", 1e9),
+        str(engine["kv_capacity_tokens"]),
+        size("exit_state_bytes", 1e6),
+        size("gpu_used_bytes", 1e9),
+    ]
+
+
+def _source(records: Sequence[Record]) -> str:
+    """Machine, commits, versions and commands behind the tables."""
+    lines = []
+    for facts in _distinct(record["provenance"] for record in records):
+        gpu = facts["gpu"]
+        machine = (
+            f"{gpu['name']} (driver {gpu['driver']})"
+            if gpu
+            else f"{facts['cpu']['count']} x {facts['cpu']['model']}"
+        )
+        versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+        commit = facts["commit"]
+        dirty = " with local changes" if commit["dirty"] else ""
+        lines.append(f"* {machine}; commit {commit['id'] or 'unknown'}{dirty}; {versions}")
+    commands = dict.fromkeys(command_today(record["provenance"]) for record in records)
+    lines += [f"* `{command}`" for command in commands]
+    return "\n".join(lines)
+
+
+def _distinct(all_facts: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    known: dict[str, dict[str, Any]] = {}
+    for facts in all_facts:
+        same = {name: facts[name] for name in ("gpu", "cpu", "commit", "versions")}
+        known.setdefault(repr(same), facts)
+    return list(known.values())
+
+
+def markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *body]
+    # A log's bars and line ends must not become cells.
+    clean = [[" ".join(cell.replace("|", "/").split()) for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in clean)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--bandwidth", type=float, help="TB/s of the GPU, for the limits.")
+    parser.add_argument("--output", type=Path, help="Markdown file; default: standard output.")
+    args = parser.parse_args()
+    text = "\n\n".join(report(path, args.bandwidth) for path in args.files) + "\n"
+    if args.output is None:
+        sys.stdout.write(text)
+    else:
+        args.output.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

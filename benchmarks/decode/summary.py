@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of a table out of records: speed-up over plain decoding, its limit, what was reached."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.engines.results import Record
+from vllm_layerskip.measuring.hardware import find_gpu
+from vllm_layerskip.measuring.roofline import BYTES_ONLY, Decoding, Roofline, scheduled_drafts
+from vllm_layerskip.measuring.shapes import Shape
+
+_SPECULATION = (
+    "exit_layer",
+    "num_speculative_tokens",
+    "synthetic_acceptance_length",
+    "draft_vocab",
+    "schedule",
+)
+"""Settings that plain decoding does not depend on."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell of the table; figures that do not exist are None."""
+
+    record: Record
+    tokens_per_s: float | None = None
+    spread: float | None = None
+    """(max - min) / median over the runs."""
+    step_ms: float | None = None
+    acceptance_length: float | None = None
+    """By vLLM's counters, over whole runs."""
+    speedup: float | None = None
+    speedup_limit: float | None = None
+    tokens_limit: float | None = None
+    reused: str = ""
+
+    @property
+    def speedup_reached(self) -> float | None:
+        return _ratio(self.speedup, self.speedup_limit)
+
+    @property
+    def tokens_reached(self) -> float | None:
+        return _ratio(self.tokens_per_s, self.tokens_limit)
+
+    @property
+    def mode(self) -> str:
+        return self.record["mode"]
+
+    @property
+    def setting(self) -> str:
+        """E, K and what else the mode was given."""
+        settings = self.record["settings"]
+        if self.mode in ("plain", "transformers"):
+            return ""
+        parts = [f"E={settings['exit_layer']}"] if self.mode != "ngram" else []
+        if self.mode != "early-exit":
+            parts.append(f"K={settings['num_speculative_tokens']}")
+        if settings["draft_vocab"] and self.mode.startswith("layerskip"):
+            parts.append(f"vocab {self.record.get('num_draft_vocab_ids')}")
+        if settings["schedule"]:
+            parts.append("schedule")
+        return " ".join(parts)
+
+
+def model_name(record: Record) -> str:
+    """The shape's name, or the checkpoint folder's."""
+    settings = record["settings"]
+    return settings["shape"] or Path(settings["model"]).name
+
+
+def gpu_name(record: Record) -> str | None:
+    gpu = record["provenance"]["gpu"]
+    return gpu["name"] if gpu and record["settings"]["device"] == "cuda" else None
+
+
+def baseline_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """What plain decoding depends on."""
+    return {name: value for name, value in settings.items() if name not in _SPECULATION}
+
+
+def rows(records: Iterable[Record], bandwidth: float | None = None) -> list[Row]:
+    """One row for each record, in the order of prompt length, batch size and measuring."""
+    records = list(records)
+    plain = {_baseline_key(r): r for r in records if r["mode"] == "plain" and r["status"] == "ok"}
+    ordered = sorted(records, key=lambda r: (r.get("prompt_len") or 0, r.get("batch_size") or 0))
+    return [_row(record, plain.get(_baseline_key(record)), bandwidth) for record in ordered]
+
+
+def describe(record: Record) -> str:
+    """A record in one line."""
+    if record["status"] != "ok":
+        reason = record.get("reason", "")
+        cell = f"batch {record['batch_size']}: " if "batch_size" in record else ""
+        return f"{cell}{record['status']} ({reason})"
+    return (
+        f"prompt {record['prompt_len']}, batch {record['batch_size']}: "
+        f"{record['tokens_per_s']:.1f} tokens/s, step {record['step_ms']:.3f} ms"
+    )
+
+
+HEADER = (
+    "prompt", "batch", "mode", "setting", "tok/s", "spread", "of roofline",
+    "x plain", "limit", "of limit", "acceptance", "step ms", "reused / steps",
+)  # fmt: skip
+
+
+def cells(row: Row) -> list[str]:
+    """A row's cells under ``HEADER``; a cell that was not measured says why."""
+    record = row.record
+    start = [str(record.get("prompt_len", "")), str(record.get("batch_size", ""))]
+    start += [row.mode, row.setting]
+    if record["status"] != "ok":
+        reason = f"{record['status']}: {record.get('reason', '')}"
+        return [*start, reason, *[""] * (len(HEADER) - len(start) - 1)]
+    return [
+        *start,
+        format_figure(row.tokens_per_s, ".1f"),
+        format_figure(row.spread, ".1%"),
+        format_figure(row.tokens_reached, ".0%"),
+        format_figure(row.speedup, ".2f"),
+        format_figure(row.speedup_limit, ".2f"),
+        format_figure(row.speedup_reached, ".0%"),
+        format_figure(row.acceptance_length, ".2f"),
+        format_figure(row.step_ms, ".3f"),
+        row.reused,
+    ]
+
+
+def rich_table(table_rows: Sequence[Row]) -> Table:
+    table = Table(title="Steady decoding")
+    for column in HEADER:
+        table.add_column(column, justify="left" if column in ("mode", "setting") else "right")
+    for row in table_rows:
+        table.add_row(*cells(row))
+    return table
+
+
+def _row(record: Record, plain: Record | None, bandwidth: float | None) -> Row:
+    if record["status"] != "ok":
+        return Row(record)
+    speeds = [run["tokens_per_s"] for run in record["runs"]]
+    speculation = record["speculation"] or {}
+    speed = record["tokens_per_s"]
+    speedup_limit, tokens_limit = _limits(record, bandwidth)
+    return Row(
+        record,
+        tokens_per_s=speed,
+        spread=(max(speeds) - min(speeds)) / speed,
+        step_ms=record["step_ms"],
+        acceptance_length=speculation.get("acceptance_length"),
+        speedup=_ratio(speed, plain["tokens_per_s"] if plain else None),
+        speedup_limit=speedup_limit,
+        tokens_limit=tokens_limit,
+        reused=_reused(speculation),
+    )
+
+
+def _limits(record: Record, bandwidth: float | None) -> tuple[float | None, float | None]:
+    """Bounds of the speed-up and, on a known GPU, of tokens/s."""
+    settings, batch_size = record["settings"], record["batch_size"]
+    if record["mode"].startswith("transformers"):
+        return None, None
+    gpu = find_gpu(gpu_name(record), bandwidth)
+    roofline = Roofline(Shape(**record["model_shape"]), gpu or BYTES_ONLY, settings["dtype"])
+    decoding = _decoding(record)
+    # The mean over the window: half of what is generated is in the cache.
+    load = (batch_size, record["prompt_len"] + settings["output_len"] / 2)
+    speedup = roofline.speedup(decoding, *load) if record["mode"] != "plain" else None
+    return speedup, roofline.tokens_per_s(decoding, *load) if gpu else None
+
+
+def _decoding(record: Record) -> Decoding:
+    settings, mode = record["settings"], record["mode"]
+    if mode in ("plain", "early-exit"):
+        return Decoding(mode, exit_layer=settings["exit_layer"])
+    num_drafts = scheduled_drafts(
+        settings["schedule"], settings["num_speculative_tokens"], record["batch_size"]
+    )
+    return Decoding(
+        mode,
+        exit_layer=settings["exit_layer"],
+        num_speculative_tokens=num_drafts,
+        acceptance_length=_tokens_per_step(record),
+        draft_vocab=record.get("num_draft_vocab_ids") if mode.startswith("layerskip") else None,
+    )
+
+
+def _tokens_per_step(record: Record) -> float:
+    """Tokens a request and step in the very windows that were timed."""
+    num_tokens, num_steps = (
+        sum(run[name] for run in record["runs"]) for name in ("num_tokens", "num_steps")
+    )
+    return num_tokens / num_steps / record["batch_size"]
+
+
+def _baseline_key(record: Record) -> tuple[Any, ...]:
+    settings = baseline_settings(record["settings"])
+    gpu = gpu_name(record)
+    return repr(settings), gpu, record.get("prompt_len"), record.get("batch_size")
+
+
+def _reused(speculation: Record) -> str:
+    if "num_verify_steps_reused" not in speculation:
+        return ""
+    reused = speculation["num_verify_steps_reused"]
+    return f"{reused} / {reused + speculation['num_verify_steps_full']}"
+
+
+def _ratio(value: float | None, of: float | None) -> float | None:
+    return value / of if value and of and math.isfinite(of) else None
+
+
+def format_figure(value: float | None, spec: str) -> str:
+    """A cell; empty for a figure that does not exist."""
+    return "" if value is None else format(value, spec)

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured: the options that every mode of one table shares."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engines.modes import Speculation
+from benchmarks.engines.presets import PRESETS, length_for
+from vllm_layerskip.config.draft_vocab import read_draft_vocab
+from vllm_layerskip.measuring.shapes import SHAPES, Shape
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One table's settings; each field is an option of the same name."""
+
+    shape: str | None = None
+    model: str | None = None
+    exit_layer: int = 0
+    num_speculative_tokens: int = 0
+    synthetic_acceptance_length: float | None = None
+    draft_vocab: str | None = None
+    schedule: list[list[int]] | None = None
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 4, 16, 32])
+    prompt_lens: list[int] = field(default_factory=lambda: [128])
+    output_len: int = 256
+    repeats: int = 3
+    prompts: str = "random"
+    dtype: str = "bfloat16"
+    device: str = "cuda"
+    enforce_eager: bool = False
+    engine_args: dict[str, Any] = field(default_factory=dict)
+
+    def to_argv(self) -> list[str]:
+        """Options that make these settings again."""
+        argv: list[str] = []
+        for option in fields(self):
+            value, flag = getattr(self, option.name), f"--{option.name.replace('_', '-')}"
+            if value is None or value is False or value == {}:
+                continue
+            if value is True:
+                argv.append(flag)
+            elif option.name in _JSON_OPTIONS:
+                argv += [flag, json.dumps(value)]
+            elif isinstance(value, list):
+                argv += [flag, *map(str, value)]
+            else:
+                argv += [flag, str(value)]
+        return argv
+
+    def identity(self) -> dict[str, Any]:
+        """What a cell's number depends on, besides its mode, batch size and prompt length."""
+        varying = ("batch_sizes", "prompt_lens")
+        return {name: value for name, value in asdict(self).items() if name not in varying}
+
+    def cells(self) -> list[tuple[int, int]]:
+        """``(prompt length, batch size)`` in the order of measuring: small batches first."""
+        return [(length, size) for length in self.prompt_lens for size in sorted(self.batch_sizes)]
+
+    def model_shape(self) -> Shape:
+        """The model's sizes."""
+        if self.model is None:
+            return SHAPES[self.shape or "tiny"]
+        return Shape.from_config(read_config(self.model))
+
+    def speculation(self) -> Speculation:
+        return Speculation(
+            exit_layer=self.exit_layer,
+            num_speculative_tokens=self.num_speculative_tokens,
+            acceptance_length=self.synthetic_acceptance_length,
+            draft_vocab=self.draft_vocab,
+            schedule=self.schedule,
+        )
+
+    def with_num_speculative_tokens(self, num_drafts: int) -> Settings:
+        """Another K; synthetic acceptance follows, with the same chance for each draft."""
+        length = self.synthetic_acceptance_length
+        if length is not None:
+            length = length_for(length, self.num_speculative_tokens, num_drafts)
+        return replace(self, num_speculative_tokens=num_drafts, synthetic_acceptance_length=length)
+
+    @property
+    def max_model_len(self) -> int:
+        """Room for the last step's drafts too: near its end a request drafts less."""
+        return max(self.prompt_lens) + self.output_len + self.num_speculative_tokens + 1
+
+    @property
+    def num_draft_vocab_ids(self) -> int | None:
+        """How many ids the draft vocabulary, a size or a file, has."""
+        if self.draft_vocab is None:
+            return None
+        if self.draft_vocab.isdecimal():
+            return int(self.draft_vocab)
+        source = f"--draft-vocab={self.draft_vocab}"
+        vocab_size = self.model_shape().vocab_size
+        return len(read_draft_vocab(Path(self.draft_vocab), source, vocab_size))
+
+
+_JSON_OPTIONS = ("schedule", "engine_args")
+
+_REHEARSAL: dict[str, Any] = {
+    "batch_sizes": [1, 2],
+    "prompt_lens": [16],
+    "output_len": 16,
+    "repeats": 1,
+    "dtype": "float32",
+    "enforce_eager": True,
+}
+"""``--tiny``: seconds instead of minutes; its speeds mean nothing."""
+
+
+def read_config(model: str) -> dict[str, Any]:
+    """A checkpoint's ``config.json``.
+
+    Raises:
+        ValueError: ``model`` is no folder with one.
+    """
+    path = Path(model) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"--model={model} is no checkpoint folder: it holds no config.json.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options; defaults are filled in by ``settings_from``."""
+    default = Settings()
+    what = parser.add_argument_group("model")
+    what.add_argument("--preset", choices=sorted(PRESETS), help="Fills shape, E, K, acceptance.")
+    what.add_argument("--shape", choices=sorted(SHAPES), help="Sizes, with dummy weights.")
+    what.add_argument("--model", help="A checkpoint folder, with its real acceptance.")
+    what.add_argument("--exit-layer", type=int, help="E; default: preset's or checkpoint's.")
+    what.add_argument("--synthetic-acceptance-length", type=float)
+    what.add_argument("--draft-vocab", help="File of token ids, or a number N: the first N ids.")
+    what.add_argument("--schedule", type=json.loads, help="JSON: [[first, last batch size, K], …]")
+    load = parser.add_argument_group("load")
+    load.add_argument("--batch-sizes", nargs="+", type=int, help=f"{default.batch_sizes}")
+    load.add_argument("--prompt-lens", nargs="+", type=int, help=f"{default.prompt_lens}")
+    load.add_argument("--output-len", type=int, help=f"{default.output_len}")
+    load.add_argument("--repeats", type=int, help=f"Runs of which the median counts: "
+                      f"{default.repeats}")  # fmt: skip
+    load.add_argument("--prompts", help="random, python (held-out modules), or a JSON-lines file")
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--dtype", help=default.dtype)
+    engine.add_argument("--device", choices=("cuda", "cpu"))
+    engine.add_argument("--enforce-eager", action="store_true", default=None)
+    engine.add_argument("--engine-args", type=json.loads, help="JSON of further LLM() arguments.")
+    engine.add_argument("--tiny", action="store_true", help="A rehearsal: tiny shape, few tokens.")
+
+
+def settings_from(args: argparse.Namespace) -> Settings:
+    """Settings out of parsed options: an option beats the preset, which beats the defaults.
+
+    Raises:
+        ValueError: E or K is named nowhere, or model and shape are given both.
+    """
+    given = {
+        option.name: value
+        for option in fields(Settings)
+        if (value := getattr(args, option.name, None)) is not None
+    }
+    if "model" in given and {"shape", "preset"} & {k for k, v in vars(args).items() if v}:
+        raise ValueError("--model cannot go with --shape or --preset. Give one of them.")
+    values: dict[str, Any] = dict(_REHEARSAL) if args.tiny else {}
+    num_drafts = given.pop("num_speculative_tokens", None)
+    if "model" in given:
+        values |= _from_checkpoint(given["model"])
+    else:
+        values |= _from_preset(args.preset or ("tiny" if args.tiny else None))
+    settings = Settings(**values)
+    if num_drafts is not None:
+        if settings.num_speculative_tokens and "synthetic_acceptance_length" not in given:
+            settings = settings.with_num_speculative_tokens(num_drafts)
+        settings = replace(settings, num_speculative_tokens=num_drafts)
+    settings = replace(settings, **given)
+    if settings.exit_layer < 1 or settings.num_speculative_tokens < 1:
+        raise ValueError(
+            f"--exit-layer={settings.exit_layer} and --num-speculative-tokens="
+            f"{settings.num_speculative_tokens} must be at least 1. Give them, or a --preset "
+            f"({', '.join(sorted(PRESETS))}), or a --model whose config.json has them."
+        )
+    if settings.model is None and settings.shape is None:
+        raise ValueError("Nothing to measure. Give --preset, --shape or --model.")
+    return settings
+
+
+def _from_preset(name: str | None) -> dict[str, Any]:
+    if name is None:
+        return {}
+    preset = PRESETS[name]
+    return {
+        "shape": preset.shape,
+        "exit_layer": preset.exit_layer,
+        "num_speculative_tokens": preset.num_speculative_tokens,
+        "synthetic_acceptance_length": preset.acceptance_length,
+        "draft_vocab": str(preset.draft_vocab) if preset.draft_vocab else None,
+    }
+
+
+def _from_checkpoint(model: str) -> dict[str, Any]:
+    block = read_config(model).get("layerskip") or {}
+    names = ("exit_layer", "num_speculative_tokens")
+    return {"prompts": "python"} | {name: block[name] for name in names if name in block}

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a choice of `vllm-layerskip tune` hold against a full sweep?
+
+    python -m benchmarks.pages.check_tuning CHOICE SWEEP
+
+Both are results folders of `tune`; the sweep's is one of `--num-measured all` with the same
+settings. For each batch size the chosen E with its scheduled K is compared with the sweep's best
+cell, both by the sweep's numbers. It exits with 1 if the choice is more than 10 % slower at
+any of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_layerskip.tuning.cells import PLAIN, Row, least_disturbed, load_rows
+from vllm_layerskip.tuning.tune import CELLS_FILE
+
+TOLERANCE = 0.10
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Measured speeds of the sweep at one batch size, in tokens/s."""
+
+    batch_size: int
+    plain: float
+    best: Row
+    chosen: Row
+
+    @property
+    def loss(self) -> float:
+        """Share of the best cell's speed that the chosen one lacks."""
+        return 1 - self.chosen.tokens_per_s / self.best.tokens_per_s
+
+    def __str__(self) -> str:
+        def cell(row: Row) -> str:
+            name = "E={} K={}".format(*row.cell)
+            ratio = row.tokens_per_s / self.plain
+            return f"{name}, {row.tokens_per_s:.1f} tokens/s ({ratio:.3f} x plain)"
+
+        return (
+            f"batch {self.batch_size}: chosen {cell(self.chosen)}, best of the sweep "
+            f"{cell(self.best)}: {100 * self.loss:.1f} % slower"
+        )
+
+
+def chosen_cell(report: dict[str, Any], batch_size: int) -> tuple[int, int]:
+    """(E, K) of the choice at a batch size; plain decoding where its schedule says so.
+
+    Where drafting pays nowhere, the pair that loses the least stands in at the smallest batch
+    size, which it was chosen for.
+    """
+    choice = report["choice"]
+    drafts = 0
+    for first, last, scheduled in choice["num_speculative_tokens_per_batch_size"]:
+        if first <= batch_size <= last:
+            drafts = scheduled
+    if not choice["pays"] and batch_size == min(report["grid"]["batch_sizes"]):
+        drafts = choice["num_speculative_tokens"]
+    return (choice["exit_layer"], drafts) if drafts else PLAIN
+
+
+def compare(report: dict[str, Any], rows: Iterable[Row]) -> list[Comparison]:
+    """For each batch size of the choice.
+
+    Raises:
+        ValueError: the sweep lacks a cell of the report's grid.
+    """
+    by_cell = least_disturbed(rows)
+    grid, comparisons = report["grid"], []
+    cells = [(e, k) for e in grid["exit_layers"] for k in grid["num_speculative_tokens"]]
+    for batch_size in grid["batch_sizes"]:
+        missing = [cell for cell in (PLAIN, *cells) if (cell, batch_size) not in by_cell]
+        if missing:
+            raise ValueError(
+                f"The sweep lacks {missing} at batch size {batch_size}. Go on with it."
+            )
+        sweep = [by_cell[cell, batch_size] for cell in cells]
+        comparisons.append(
+            Comparison(
+                batch_size,
+                plain=by_cell[PLAIN, batch_size].tokens_per_s,
+                best=max(sweep, key=lambda row: row.tokens_per_s),
+                chosen=by_cell[chosen_cell(report, batch_size), batch_size],
+            )
+        )
+    return comparisons
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("choice", type=Path)
+    parser.add_argument("sweep", type=Path)
+    args = parser.parse_args()
+    report = json.loads((args.choice / "report.json").read_text(encoding="utf-8"))
+    sweep = json.loads((args.sweep / "report.json").read_text(encoding="utf-8"))
+    settings = {row["settings"] for row in sweep["measured"]}
+    if settings != {row["settings"] for row in report["measured"]}:
+        parser.error("The two were measured under different settings. Run both alike.")
+    rows = [row for row in load_rows(args.sweep / CELLS_FILE) if row.settings in settings]
+    comparisons = compare(report, rows)
+    for comparison in comparisons:
+        print(comparison)
+    return int(any(comparison.loss > TOLERANCE for comparison in comparisons))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

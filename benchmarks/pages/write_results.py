@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make the tables and figures of docs/results.md out of the committed result files.
+
+    python -m benchmarks.pages.write_results
+
+Every number of its tables has its file; ``tests/unit/benchmarks/test_results_page.py`` makes the
+tables and figures again and compares.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.decode.report import markdown
+from benchmarks.decode.report import report as decode_report
+from benchmarks.engines.results import command_today
+from benchmarks.pages.check_tuning import Comparison, compare
+from benchmarks.pages.tables import write_tables
+from benchmarks.prompts.real_prompts import category_table, left_out, load, two_digits
+from benchmarks.prompts.summary import label, runs_spread, speedup_range, summarize
+from vllm_layerskip.tuning.cells import PLAIN, Row, least_disturbed, load_rows
+from vllm_layerskip.tuning.tune import CELLS_FILE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "results.md"
+FIGURES = ROOT / "docs" / "figures"
+PROMPTS = ROOT / "benchmarks" / "results" / "real-prompts"
+TUNING = ROOT / "docs" / "tuning" / "embedded-cpu"
+SCORES = ROOT / "vllm_layerskip" / "checkpoint" / "scores.json"
+LARGEST_SPREAD = 0.2
+"""Of a mode's runs, beyond which the few runs of a category say nothing of speed."""
+# Okabe and Ito's palette, told apart with every kind of colour vision.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000", "#999999")
+_RC: Any = {"svg.hashsalt": "vllm-layerskip", "svg.fonttype": "none", "font.size": 8}
+
+
+def checkpoint_table() -> str:
+    """Accuracy of every exit of checkpoint and twin, and the acceptance lengths of its drafts."""
+    scores = json.loads(SCORES.read_text(encoding="utf-8"))
+    ours, twin = scores["layerskip"], scores["twin"]
+    num_drafts = list(ours["acceptance_length"]["E=1"])
+    header = ("E", "accuracy", *(name.replace("=", " = ") for name in num_drafts),
+              "twin, accuracy", f"twin, {num_drafts[-1].replace('=', ' = ')}")  # fmt: skip
+    body = []
+    for our_exit, twin_exit in zip(ours["exits"], twin["exits"], strict=True):
+        e = our_exit["exit_layer"]
+        # The last layer is the model, which drafts nothing.
+        lengths = ours["acceptance_length"].get(f"E={e}", {})
+        twin_lengths = twin["acceptance_length"].get(f"E={e}", {})
+        body.append(
+            [
+                str(e),
+                f"{our_exit['accuracy']:.1%}",
+                *(two_digits(lengths.get(k)) for k in num_drafts),
+                f"{twin_exit['accuracy']:.1%}",
+                two_digits(twin_lengths.get(num_drafts[-1])),
+            ]
+        )
+    return markdown(header, body)
+
+
+def _prompts_table(name: str) -> Callable[[], str]:
+    def made() -> str:
+        records = load(PROMPTS / f"{name}.json")
+        parts = (
+            _modes(records),
+            category_table(records, speedups=_is_steady(records)),
+            left_out(records),
+            _source(f"benchmarks/results/real-prompts/{name}.json", records),
+        )
+        return "\n\n".join(parts)
+
+    return made
+
+
+def _is_steady(records: Sequence[dict[str, Any]]) -> bool:
+    return all(runs_spread(record) <= LARGEST_SPREAD for record in records)
+
+
+def _modes(records: Sequence[dict[str, Any]]) -> str:
+    """A row for each mode, over all categories."""
+    plain = next(record for record in records if record["mode"] == "plain")
+    header = ("mode", "acceptance length", "equal to plain", "tokens/s of each run", "speed-up",
+              "any two runs", "of decoding")  # fmt: skip
+    body = []
+    for record in records:
+        result = summarize(record, plain)[-1]
+        slowest, fastest = speedup_range(record, plain)
+        cells = [
+            label(record),
+            two_digits(result.acceptance_length),
+            "" if result.num_equal is None else f"{result.num_equal} of {result.num_answers}",
+            ", ".join(f"{speed:.1f}" for speed in record["runs_tokens_per_s"]),
+        ]
+        if record is not plain:
+            cells += [
+                two_digits(result.speedup),
+                f"{slowest:.2f} to {fastest:.2f}",
+                two_digits(result.decoding_speedup),
+            ]
+        body.append(cells + [""] * (len(header) - len(cells)))
+    if _is_steady(records):
+        return markdown(header, body)
+    note = (
+        f"Runs of one mode differ by up to {max(map(runs_spread, records)):.0%}: other work on the "
+        "machine. So no speed-up is given by category, and two modes whose ranges overlap are not "
+        "told apart."
+    )
+    return f"{markdown(header, body)}\n\n{note}"
+
+
+def _source(file: str, records: Sequence[dict[str, Any]]) -> str:
+    machines = dict.fromkeys(_machine(record["provenance"]) for record in records)
+    commits = dict.fromkeys(_commit(record["provenance"]["commit"]) for record in records)
+    commands = dict.fromkeys(command_today(record["provenance"]) for record in records)
+    settings, questions = records[0]["settings"], records[0]["questions"]
+    sampling = records[0]["sampling"]
+    drawn = f"temperature {sampling['temperature']:g}" if sampling["temperature"] else "greedy"
+    ends = "past the end of sequence" if sampling["ignore_eos"] else "to the end of sequence"
+    same = sum(a["same_in_every_run"] for r in records for a in r["answers"])
+    num_answers = sum(len(r["answers"]) for r in records)
+    return (
+        f"* From `{file}`: {questions['num_questions']} of the file's {questions['of']} "
+        f"questions (SHA-256 {questions['sha256'][:12]}), {drawn}, {ends} or "
+        f"{sampling['max_tokens']} tokens; {same} of {num_answers} answers were the same in "
+        "every run.\n"
+        f"* {settings['dtype']}, batch {settings['batch_size']}, {settings['repeats']} runs after "
+        f"a warm-up; {' and '.join(machines)}; commit {' and '.join(commits)}.\n"
+        f"* Again: {', then '.join(f'`{command}`' for command in commands)}"
+    )
+
+
+def _machine(facts: dict[str, Any]) -> str:
+    gpu = facts["gpu"]
+    machine = gpu["name"] if gpu else f"{facts['cpu']['count']} x {facts['cpu']['model']}"
+    versions = ", ".join(
+        f"{name} {facts['versions'][name]}"
+        for name in ("vllm", "torch", "python")
+        if name in facts["versions"]
+    )
+    return f"{machine}; {versions}"
+
+
+def _commit(commit: dict[str, Any]) -> str:
+    return (commit["id"] or "unknown")[:12] + (" with local changes" if commit["dirty"] else "")
+
+
+def tuning_table() -> str:
+    """The choice of `tune` beside the full sweep's best cells."""
+    if not (TUNING / "sweep").exists():
+        return "No run is committed yet."
+    report = json.loads((TUNING / "choice" / "report.json").read_text(encoding="utf-8"))
+    digests = {row["settings"] for row in report["measured"]}
+    rows = [row for row in load_rows(TUNING / "sweep" / CELLS_FILE) if row.settings in digests]
+    return "\n\n".join(_tuning_at(found, rows) for found in compare(report, rows))
+
+
+def _tuning_at(found: Comparison, rows: Sequence[Row]) -> str:
+    rows = [row for row in rows if row.batch_size == found.batch_size]
+    cells = [row for (cell, _), row in least_disturbed(rows).items() if cell != PLAIN]
+    best = sorted(cells, key=lambda row: row.tokens_per_s, reverse=True)[:5]
+    body = [
+        [
+            str(row.exit_layer),
+            str(row.num_speculative_tokens),
+            "chosen" if row == found.chosen else "",
+            f"{row.acceptance_length:.2f}",
+            f"{row.tokens_per_s:.1f}",
+            f"{row.tokens_per_s / found.plain:.2f}",
+            ", ".join(f"{r.tokens_per_s:.1f}" for r in rows if r.cell == row.cell),
+        ]
+        for row in dict.fromkeys([found.chosen, *best])
+    ]
+    header = ("E", "K", "", "acceptance length", "tokens/s", "over plain", "its rounds")
+    verdict = (
+        f"Batch {found.batch_size}: the choice is {found.loss:.1%} slower than the best of the "
+        f"sweep's {len(cells)} cells. Plain decoding: {found.plain:.1f} tokens/s."
+    )
+    return f"{markdown(header, body)}\n\n{verdict}"
+
+
+def shape_table() -> str:
+    """The 1B shape on a CPU, beside its byte limit."""
+    text = decode_report(ROOT / "benchmarks" / "results" / "cpu-1b.json")
+    # Its headings are the file's own.
+    return "\n".join(line for line in text.splitlines() if not line.startswith("#")).strip()
+
+
+def runners_table() -> str:
+    """Model Runner V2 under the interpreter beside vLLM's V1 CPU runner."""
+    path = ROOT / "benchmarks" / "results" / "cpu-runners.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    rows = [
+        [str(s["batch_size"]), f"{s['step_ms']['v1']:.1f}", f"{s['step_ms']['v2']:.1f}",
+         f"{s['v2_to_v1']:.2f}"]
+        for s in content["summary"]
+    ]  # fmt: skip
+    made = markdown(("batch", "V1, ms a step", "V2, ms a step", "ratio"), rows)
+    return f"{made}\n\nAgain: `{command_today(content['provenance'])}`"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "checkpoint": checkpoint_table,
+    "functions-1": _prompts_table("functions-b1"),
+    "functions-4": _prompts_table("functions-b4"),
+    "spec-bench": _prompts_table("spec-bench-b1"),
+    "tuning": tuning_table,
+    "shape": shape_table,
+    "runners": runners_table,
+}
+
+
+def draw_acceptance(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Acceptance length by category, a bar for each (E, K)."""
+    plain = next(record for record in records if record["mode"] == "plain")
+    drafting = [record for record in records if record["mode"] == "layerskip"]
+    results = [summarize(record, plain) for record in drafting]
+    names = [result.category for result in results[0]]
+    with _figure(path, (7.2, 3.2)) as axes:
+        width = 0.8 / len(drafting)
+        for number, (record, found) in enumerate(zip(drafting, results, strict=True)):
+            by_name = {result.category: result.acceptance_length or 1 for result in found}
+            axes.bar(
+                [i + (number - (len(drafting) - 1) / 2) * width for i in range(len(names))],
+                [by_name[name] for name in names],
+                width,
+                color=_COLORS[number],
+                hatch=("", "///", "...", "xxx")[number % 4],
+                edgecolor="white",
+                linewidth=0,
+                label=label(record),
+            )
+        axes.axhline(1, color="#666666", linewidth=0.8)
+        axes.set_xticks(range(len(names)), names, rotation=60, ha="right")
+        axes.set_ylabel("acceptance length\n(tokens per decoding step)")
+        axes.legend(frameon=False, ncols=len(drafting), loc="lower right", bbox_to_anchor=(1, 1))
+
+
+def draw_speeds(tables: Mapping[int, Sequence[dict[str, Any]]], path: Path) -> None:
+    """Every run's throughput, a row for each mode and a mark for each batch size."""
+    names = list(dict.fromkeys(label(r) for records in tables.values() for r in records))
+    with _figure(path, (7.2, 0.6 + 0.3 * len(names))) as axes:
+        for number, (batch_size, records) in enumerate(sorted(tables.items())):
+            points = [
+                (speed, names.index(label(record)))
+                for record in records
+                for speed in record["runs_tokens_per_s"]
+            ]
+            axes.plot(
+                *zip(*points, strict=True),
+                linestyle="",
+                marker="os^Dv"[number % 5],
+                markersize=5,
+                fillstyle="none",
+                color=_COLORS[number],
+                label=f"batch {batch_size}",
+            )
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_xlim(left=0)
+        axes.set_xlabel(
+            "output tokens/s of all requests together, prefill included; a mark is a run"
+        )
+        axes.legend(frameon=False, ncols=len(tables), loc="lower right", bbox_to_anchor=(1, 1))
+
+
+@contextmanager
+def _figure(path: Path, inches: tuple[float, float]) -> Iterator[Axes]:
+    """A figure of one panel, written at the end of the block: the same data make the same file."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_RC):
+        figure = Figure(figsize=inches, layout="constrained")
+        axes = figure.subplots()
+        yield axes
+        axes.spines[["top", "right"]].set_visible(False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="svg", metadata={"Date": None})
+    # Matplotlib ends some lines with a space.
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("".join(f"{line.rstrip()}\n" for line in lines), encoding="utf-8")
+
+
+def draw_figures(folder: Path) -> list[Path]:
+    """Write all figures to a folder; returns their paths."""
+    one, four = (load(PROMPTS / f"functions-b{size}.json") for size in (1, 4))
+    paths = [folder / "acceptance-by-module.svg", folder / "speed-by-mode.svg"]
+    draw_acceptance(one, paths[0])
+    draw_speeds({1: one, 4: four}, paths[1])
+    return paths
+
+
+def main() -> None:
+    write_tables(PAGE, TABLES)
+    for path in (PAGE, *draw_figures(FIGURES)):
+        print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm bench serve`` against a server of each mode."""

@@ -1,0 +1,598 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The session of a GPU lease: a part that fails, hangs or is cut off costs the others nothing.
+
+Sessions run in processes of their own, since a session ends every descendant that it has.
+tests/engine/test_benchmarks.py rehearses the real parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+from benchmarks.engines.arguments import engine_arguments
+from benchmarks.engines.settings import add_arguments, settings_from
+from benchmarks.gpu import (
+    check_graphs,
+    gpu_session,
+)
+from benchmarks.gpu.check_graphs import Answers, Difference, Facts
+from benchmarks.gpu.summary import HEADER, summary
+from vllm_layerskip.measuring.hardware import gpu_info
+from vllm_layerskip.plugin import register
+
+ROOT = Path(__file__).parents[3]
+SESSION = ROOT / "benchmarks" / "gpu_session.sh"
+
+PARTS = """
+import sys
+from pathlib import Path
+from benchmarks.gpu import session
+from benchmarks.gpu.session import Part, Session
+session.PATIENCE_S = 1.0
+session.POLL_S = 0.1
+session.MARGIN_S = 0.0
+
+def python(name, limit_s, code):
+    return Part(name, limit_s, (sys.executable, "-c", code, "{{seconds}}"))
+
+results, delivery = Path(sys.argv[1]), Path(sys.argv[2])
+parts = [{parts}]
+outcomes = Session(results, delivery, lambda results: "the summary").run(parts)
+sys.exit(any(outcome.status != "ok" for outcome in outcomes))
+"""
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return tmp_path / "results", tmp_path / "out"
+
+
+@pytest.fixture
+def start(folders, tmp_path):
+    """Starts a session of parts that are given as Python source."""
+
+    def start(*parts: str) -> subprocess.Popen[str]:
+        script = tmp_path / "parts.py"
+        script.write_text(PARTS.format(parts=", ".join(parts)))
+        return subprocess.Popen(
+            [sys.executable, str(script), *map(str, folders)], stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+
+    return start
+
+
+def statuses(folder: Path) -> dict[str, str]:
+    outcomes = json.loads((folder / "session.json").read_text())["outcomes"]
+    return {outcome["name"]: outcome["status"] for outcome in outcomes}
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not come"
+        time.sleep(0.05)
+
+
+def is_running(pid_file: Path) -> bool:
+    try:
+        return psutil.Process(int(pid_file.read_text())).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def engine_like(results: Path, then: str) -> str:
+    """Code of a part whose child has a session of its own and ignores SIGTERM, as an engine may."""
+    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    return (
+        "import json, subprocess, sys, time\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True)\n"
+        f"open({str(results / 'child.pid')!r}, 'w').write(str(child.pid))\n"
+        f"open({str(results / 'part.json')!r}, 'w').write(json.dumps('a first cell'))\n"
+        f"{then}\n"
+    )
+
+
+def test_a_part_that_fails_stops_no_other(start, folders):
+    process = start(
+        "python('bad', 20, 'print(\"before the end\"); sys.exit(3)')",
+        "python('good', 20, 'print(\"INFO 11-26 noise\"); print(\"a result\")')",
+    )
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert statuses(folders[1]) == {"bad": "failed: exit status 1", "good": "ok"}
+    assert "name 'sys' is not defined" in output, "the end of a failed part's log is shown"
+    assert "a result" in output
+    assert "noise" not in output
+    with tarfile.open(folders[1] / "logs.tar.gz") as archive:
+        assert set(archive.getnames()) == {"logs/bad.log", "logs/good.log"}
+    assert (folders[1] / "summary.md").read_text() == "the summary"
+
+
+def test_a_part_that_hangs_is_killed_with_all_that_it_started(start, folders):
+    hangs = engine_like(
+        folders[0], "import signal; signal.signal(15, signal.SIG_IGN)\ntime.sleep(60)"
+    )
+    begin = time.monotonic()
+    process = start(f"python('hangs', 6, {hangs!r})", "python('next', 20, 'print(1)')")
+    process.communicate(timeout=60)
+    assert time.monotonic() - begin < 30
+    assert statuses(folders[1]) == {"hangs": "stopped: its limit of 6 s", "next": "ok"}
+    assert not is_running(folders[0] / "child.pid")
+    assert json.loads((folders[1] / "part.json").read_text()) == "a first cell"
+
+
+def test_unused_time_goes_to_later_parts_and_no_part_takes_from_them(start, folders):
+    process = start(
+        "python('quick', 10, 'pass')",
+        "python('slow', 5, 'import sys, time; print(sys.argv[1]); time.sleep(7)')",
+        "python('last', 5, 'import sys; print(sys.argv[1])')",
+    )
+    process.communicate(timeout=60)
+    assert set(statuses(folders[1]).values()) == {"ok"}, "7 s of 5 and what was left of 10"
+    limits = [int((folders[0] / "logs" / f"{name}.log").read_text()) for name in ("slow", "last")]
+    assert 12 <= limits[0] <= 15
+    assert limits[1] >= 5
+
+
+def test_a_summary_that_fails_costs_no_part(start, folders, tmp_path):
+    process = start("python('one', 20, 'pass')", "python('two', 20, 'pass')")
+    process.communicate(timeout=60)
+    script = (tmp_path / "parts.py").read_text()
+    (tmp_path / "parts.py").write_text(script.replace('"the summary"', "1 / 0"))
+    command = [sys.executable, str(tmp_path / "parts.py"), *map(str, folders)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(command, check=True, timeout=60, env=environment)
+    assert statuses(folders[1]) == {"one": "ok", "two": "ok"}
+    assert "ZeroDivisionError" in (folders[1] / "summary.md").read_text()
+
+
+def test_results_of_other_code_are_set_aside(start, folders):
+    """``--resume`` would go on with them, and the summary would show them as this code's."""
+    results, _ = folders
+    write = "open({!r}, 'w').write('1')".format(str(results / "table.json"))
+    start(f"python('one', 20, {write!r})").communicate(timeout=60)
+    start("python('two', 20, 'pass')").communicate(timeout=60)
+    assert (results / "table.json").exists(), "the same code goes on"
+    state = json.loads((results / "session.json").read_text())
+    state["provenance"]["code"] = "other"
+    (results / "session.json").write_text(json.dumps(state))
+    start("python('three', 20, 'pass')").communicate(timeout=60)
+    assert not (results / "table.json").exists()
+    assert (results / "older" / "other" / "table.json").exists()
+    assert statuses(results) == {"three": "ok"}
+
+
+def test_a_delivery_that_fails_costs_no_part(start, folders):
+    results, out = folders
+    out.write_text("no folder")
+    output, _ = start("python('one', 20, 'pass')", "python('two', 20, 'print(2)')").communicate(
+        timeout=60
+    )
+    assert statuses(results) == {"one": "ok", "two": "ok"}
+    assert "== two: ok" in output
+
+
+def test_a_second_session_does_not_disturb_the_first(start, folders):
+    results, _ = folders
+    first = start(f"python('long', 60, {engine_like(results, 'time.sleep(60)')!r})")
+    wait_for(results / "child.pid")
+    command = ["bash", str(SESSION), "--tiny", "bf16"]
+    environment = os.environ | {"PYTHON": sys.executable, "RESULTS": str(results)}
+    second = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=60, env=environment
+    )
+    assert second.returncode == 2
+    assert "is in use by another session" in second.stderr
+    assert is_running(results / "child.pid")
+    first.terminate()
+    first.communicate(timeout=30)
+
+
+def test_a_table_that_ran_out_of_time_is_incomplete_and_not_ok(start, folders):
+    process = start("python('table', 20, 'import sys; sys.exit(3)')")
+    process.communicate(timeout=60)
+    assert statuses(folders[1]) == {"table": "incomplete: its own time limit"}
+
+
+def test_no_more_files_are_delivered_than_come_back(start, folders):
+    results, out = folders
+    write = f"import json\nfor i in range(9): open(f'{results}/' + f'{{i}}.json', 'w').write('1')"
+    start(f"python('many', 20, {write!r})").communicate(timeout=60)
+    names = {path.name for path in out.iterdir()}
+    assert len(names) <= 8
+    assert {"session.json", "summary.md", "logs.tar.gz"} <= names
+    with tarfile.open(out / "logs.tar.gz") as archive:
+        assert {f"{i}.json" for i in range(9)} <= set(archive.getnames())
+
+
+def test_a_part_without_time_is_not_begun(start, folders):
+    process = start("python('none', 1, 'print(1)')", "python('next', 20, 'print(2)')")
+    process.communicate(timeout=60)
+    assert statuses(folders[1]) == {"none": "not begun: no time was left", "next": "ok"}
+
+
+def test_a_session_that_is_asked_to_end_delivers_what_it_has(start, folders):
+    code = engine_like(folders[0], "time.sleep(60)")
+    process = start("python('first', 20, 'pass')", f"python('long', 60, {code!r})")
+    wait_for(folders[1] / "part.json")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert statuses(folders[1]) == {"first": "ok", "long": "cut off: the session was ended"}
+    assert (folders[1] / "logs.tar.gz").exists()
+    assert not is_running(folders[0] / "child.pid")
+
+
+def test_a_session_that_is_killed_has_delivered_what_was_measured(start, folders):
+    code = engine_like(folders[0], "time.sleep(60)")
+    process = start("python('first', 20, 'pass')", f"python('long', 60, {code!r})")
+    wait_for(folders[1] / "part.json")
+    time.sleep(0.5)
+    process.kill()
+    process.communicate(timeout=30)
+    assert statuses(folders[1]) == {"first": "ok"}
+    assert json.loads((folders[1] / "part.json").read_text()) == "a first cell"
+    # What it left running holds the GPU until the next session begins.
+    assert is_running(folders[0] / "child.pid")
+    start("python('again', 20, 'pass')").communicate(timeout=30)
+    assert not is_running(folders[0] / "child.pid")
+
+
+class Parsed(Exception):
+    """Raised in the place of what a script would do with its arguments."""
+
+
+def parsed(path: Path, arguments: list[str], monkeypatch) -> argparse.Namespace:
+    """What a program's own parser makes of arguments."""
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def stop(self, args=None, namespace=None):
+        raise Parsed(parse_args(self, args, namespace))
+
+    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        patch.setattr(sys, "argv", [str(path), *arguments])
+        with pytest.raises(Parsed) as raised:
+            module.main()
+    return raised.value.args[0]
+
+
+class TestSteps:
+    @pytest.fixture(params=[False, True], ids=["gpu", "tiny"])
+    def plan(self, request, tmp_path):
+        return gpu_session.Plan(tmp_path, request.param, questions="question.jsonl")
+
+    @pytest.mark.parametrize("name", gpu_session.STEPS)
+    def test_a_step_fits_into_its_command(self, name, tmp_path):
+        plan = gpu_session.Plan(tmp_path, False, questions="question.jsonl")
+        limit_s = gpu_session.FIRST_LIMIT_S if name == "first" else gpu_session.STEP_LIMIT_S
+        parts = gpu_session.STEPS[name](plan)
+        assert sum(part.limit_s for part in parts) <= limit_s
+        assert len({part.name for part in parts}) == len(parts), "logs would be overwritten"
+
+    @pytest.mark.parametrize("name", gpu_session.STEPS)
+    def test_every_command_is_one_that_its_program_takes(self, plan, name, monkeypatch):
+        """A typo would cost a part of a lease. A table's settings become engines' arguments."""
+        for part in gpu_session.STEPS[name](plan):
+            python, *arguments = part.command
+            assert python == sys.executable
+            path = arguments.pop(0)
+            if path == "-m":
+                path = arguments.pop(0).replace(".", "/") + ".py"
+            arguments = [argument.replace("{seconds}", "60") for argument in arguments]
+            args = parsed(ROOT / path, arguments, monkeypatch)
+            if Path(path).name == "train_model.py":
+                # Without the packages there is too little text for 160 M parameters.
+                assert bool(args.packages) != plan.tiny
+            if Path(path).name != "compare.py" or args.model:
+                continue
+            args.num_speculative_tokens = None
+            settings = settings_from(args)
+            for mode in args.modes:
+                folder = plan.results / name / mode
+                engine = engine_arguments(settings, mode, folder, fixed_batches=True)
+                register()
+                config = EngineArgs(**engine).create_engine_config()
+                assert (config.speculative_config is None) == (mode == "plain")
+
+    def test_first_brings_what_matters_in_order(self, tmp_path):
+        parts = gpu_session.first(gpu_session.Plan(tmp_path, False, None))
+        assert [part.name for part in parts] == ["gpu", "exact", "demo", "7b", "7b-peers", "8b"]
+        limits = {part.name: part.limit_s for part in parts}
+        assert limits["exact"] >= 110, "a cold machine starts its first engine in it"
+
+    @pytest.mark.parametrize(
+        ("arguments", "variables", "message"),
+        [
+            (["nonsense"], {}, "no step is called nonsense. Steps: first bf16 7b k 8b"),
+            (["serve"], {"SEES_A_GPU": "1", "QUESTIONS": ""}, "set the variable QUESTIONS"),
+            (["first"], {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET is set"),
+            (["first"], {}, "there is no NVIDIA GPU. Add --tiny"),
+            (
+                ["first"],
+                {"SEES_A_GPU": "1", "BENCHMARK_COMMIT": "", "GIT_DIR": "/none"},
+                "set BENCHMARK_COMMIT to its hash",
+            ),
+            ([], {}, "the following arguments are required: STEP"),
+        ],
+    )
+    def test_a_users_mistake_is_one_line_and_exit_status_2(
+        self, arguments, variables, message, tmp_path
+    ):
+        if gpu_info() and "no NVIDIA GPU" in message:
+            pytest.skip("there is one")
+        if variables.get("SEES_A_GPU"):
+            (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA H200, 580, 1 MiB\n")
+            (tmp_path / "nvidia-smi").chmod(0o755)
+            variables = variables | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        process = subprocess.run(
+            ["bash", str(SESSION), *arguments],
+            capture_output=True, text=True, check=False, timeout=60,
+            env=environment | {"PYTHON": sys.executable} | variables,
+        )  # fmt: skip
+        assert process.returncode == 2
+        assert message in process.stderr
+
+
+def test_a_checkout_is_a_plugin_without_being_installed(tmp_path):
+    """As on the lent machine: no pip, the two folders on PYTHONPATH."""
+    code = (
+        "import importlib.metadata, sys; from pathlib import Path\n"
+        "from benchmarks.gpu.checkout import entry_points_folder\n"
+        f"folder = entry_points_folder(Path({str(ROOT)!r}), Path({str(tmp_path)!r}))\n"
+        "sys.path.insert(0, str(folder))\n"
+        "assert importlib.metadata.version('vllm-layerskip')\n"
+        "for group in ('vllm.general_plugins', 'vllm.platform_plugins', 'console_scripts'):\n"
+        "    (entry,) = importlib.metadata.entry_points(group=group)\n"
+        "    print(entry.name, entry.value)\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True,
+        env={"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    declared = importlib.metadata.distribution("vllm-layerskip").entry_points
+    expected = {f"{entry.name} {entry.value}" for entry in declared}
+    assert set(process.stdout.split("\n")) - {""} == expected
+
+
+class TestSummary:
+    @pytest.fixture
+    def results(self, tmp_path):
+        settings = settings_from(_parse("--preset", "7b-cnndm")).identity()
+        facts = {"gpu": {"name": "NVIDIA H200", "driver": "580", "memory": "141 GB"}}
+
+        def record(mode, speed, **values):
+            num_tokens = int(speed)
+            run = {
+                "seconds": 1.0,
+                "num_tokens": num_tokens,
+                "num_steps": 100,
+                "tokens_per_s": speed,
+            }
+            return {
+                "kind": "decode", "mode": mode, "status": "ok", "settings": settings,
+                "model_shape": vars(settings_from(_parse("--preset", "7b-cnndm")).model_shape()),
+                "num_draft_vocab_ids": None, "prompt_len": 128, "batch_size": 1,
+                "tokens_per_s": speed, "step_ms": 10.0, "runs": [run], "speculation": None,
+                "provenance": facts, **values,
+            }  # fmt: skip
+
+        failed = {"status": "error", "reason": "exit status 1"}
+        records = [record("plain", 300.0), record("layerskip", 600.0),
+                   record("draft-model", 1.0, **failed)]  # fmt: skip
+        (tmp_path / "first-7b.json").write_text(json.dumps({"schema": 1, "records": records}))
+        return tmp_path
+
+    def write_gpu(self, results, datasheet):
+        facts = {"gpu": {"name": "NVIDIA H200"}, "cpu": {"model": "x"}}
+        content = {
+            "copy_bandwidth_tb_s": 2.4, "datasheet_bandwidth_tb_s": datasheet, "provenance": facts,
+        }  # fmt: skip
+        (results / "gpu.json").write_text(json.dumps(content))
+
+    def row(self, results, mode):
+        lines = summary(results).splitlines()
+        (line,) = [line for line in lines if f"| {mode} |" in line]
+        return [cell.strip() for cell in line.strip("|").split("|")]
+
+    def test_limits_are_the_gpus_own(self, results):
+        self.write_gpu(results, 4.8)
+        assert "limits count with 4.8 TB/s, its datasheet's" in summary(results)
+        plain, skip = self.row(results, "plain"), self.row(results, "layerskip")
+        column = HEADER.index
+        assert skip[column("x plain")] == "2.00"
+        limit = float(plain[column("tok/s limit")])
+        assert limit == pytest.approx(355, abs=10), "13.2 GB of weights and K/V at 4.8 TB/s"
+        assert plain[column("of roofline")] == f"{300 / limit:.0%}"
+
+    def test_an_unknown_gpus_limits_are_what_was_measured(self, results):
+        self.write_gpu(results, 4.8)
+        limit = HEADER.index("tok/s limit")
+        known = float(self.row(results, "plain")[limit])
+        self.write_gpu(results, None)
+        assert "limits count with 2.4 TB/s, as measured" in summary(results)
+        assert float(self.row(results, "plain")[limit]) == pytest.approx(known / 2, rel=0.01)
+
+    def test_a_mode_that_failed_says_so(self, results):
+        assert "error: exit status 1" in self.row(results, "draft-model")
+
+    @pytest.mark.parametrize("content", ["", "{", '{"schema": 1}', "[]"])
+    def test_a_damaged_file_costs_its_own_lines_alone(self, results, content):
+        for name in ("exact.json", "gpu.json", "a.json", "z.json"):
+            (results / name).write_text(content)
+        page = summary(results)
+        assert self.row(results, "plain")
+        assert "first-7b.json" in page
+        assert "exact.json cannot be read" in page
+
+    def test_what_became_of_the_parts_is_there(self, results):
+        outcomes = [{"name": "exact", "status": "failed: exit status 1", "seconds": 1.0}]
+        (results / "session.json").write_text(json.dumps({"outcomes": outcomes}))
+        assert "Parts: exact failed: exit status 1." in summary(results)
+
+    def test_nothing_measured_is_no_error(self, tmp_path):
+        assert summary(tmp_path) == "\n"
+
+
+class TestCheckGraphs:
+    PLAIN = Answers([[1, 2, 3], [4, 5, 6]], [[{1: 0.0}, {2: -0.5, 9: -0.5004}, {3: 0.0}]] * 2, 1.0)
+    ALL = ("reuse", "draft", "verify")
+
+    def facts(self, *found, **changes):
+        values = {
+            "differences": list(found), "num_compared": 100, "num_tokens": 128, "num_accepted": 50,
+            "num_reused": 19, "num_full": 1, "num_replays": {"draft": 20, "verify": 19},
+        }  # fmt: skip
+        return Facts(**values | changes)
+
+    def test_equal_answers_have_no_difference(self):
+        assert check_graphs.differences(self.PLAIN, self.PLAIN) == []
+        assert check_graphs.faults(self.facts(), "float32", self.ALL) == []
+
+    def test_two_tokens_of_nearly_the_same_probability_are_rounding(self):
+        other = Answers([[1, 9, 7], [4, 5, 6]], [], 1.0)
+        (found,) = check_graphs.differences(self.PLAIN, other)
+        assert (found.prompt, found.position, found.plain_token, found.token) == (0, 1, 2, 9)
+        assert found.gap == pytest.approx(4e-4)
+        assert check_graphs.faults(self.facts(found), "float32", self.ALL) == []
+
+    @pytest.mark.parametrize("gap", [0.2, None])
+    def test_another_difference_is_a_fault(self, gap):
+        facts = self.facts(Difference(0, 1, 2, 9, gap))
+        (fault,) = check_graphs.faults(facts, "float32", self.ALL)
+        assert "answer 0 differs at token 1: 9 for 2" in fault
+
+    def test_bfloat16_rounds_more(self):
+        rounding, fault = (self.facts(Difference(0, 1, 2, 9, gap)) for gap in (0.2, 0.5))
+        assert check_graphs.faults(rounding, "bfloat16", self.ALL) == []
+        assert check_graphs.faults(fault, "bfloat16", self.ALL)
+
+    @pytest.mark.parametrize(
+        ("changes", "problem"),
+        [
+            ({"num_accepted": 0}, "no draft was accepted"),
+            ({"num_compared": 31}, "only 31 of 128 tokens were compared"),
+            ({"num_reused": 10, "num_full": 10}, "10 verify steps reused exit states in 20 steps"),
+            ({"num_replays": {"verify": 10}}, "10 verify graphs were replayed in 20 steps"),
+            ({"num_replays": {"draft": 9}}, "9 draft graphs were replayed in 20 steps"),
+        ],
+    )  # fmt: skip
+    def test_a_check_of_next_to_nothing_fails(self, changes, problem):
+        """Equal tokens prove nothing where little was drafted, reused, replayed or compared."""
+        facts = self.facts(**changes)
+        facts = replace(facts, num_replays={"draft": 20, "verify": 19} | facts.num_replays)
+        assert check_graphs.faults(facts, "float32", self.ALL) == [problem]
+
+    def test_a_variant_must_be_without_its_part(self):
+        problems = check_graphs.faults(self.facts(), "float32", ("reuse", "verify"), ("draft",))
+        assert problems == ["20 draft graphs were replayed in 20 steps"]
+
+    @pytest.fixture
+    def narrowed(self, tmp_path, monkeypatch):
+        """Runs the check with engines whose problems are given; the variants that ran."""
+
+        def run(dtype, problems_of):
+            facts = asdict(self.facts()) | {
+                "num_equal": 8, "num_answers": 8, "acceptance_length": 2.5, "waits": ["a.py:1"],
+            }  # fmt: skip
+
+            class StandIn:
+                on_gpu, arguments, request = True, {"model": "x", "seed": 0}, {}
+
+                def __init__(self, args):
+                    pass
+
+                def run_plain(self):
+                    return TestCheckGraphs.PLAIN
+
+                def run(self, variant, plain):
+                    if problems_of.get(variant) == "raise":
+                        raise RuntimeError("capture failed")
+                    return facts | {"variant": variant, "problems": problems_of.get(variant, [])}
+
+            def in_a_process(command, check):
+                # The last ones count; of the process only its file is known.
+                variant, output = command[-3], Path(command[-1])
+                if problems_of.get(variant) != "killed":
+                    one = facts | {"variant": variant, "problems": problems_of.get(variant, [])}
+                    output.write_text(json.dumps({"checks": [one]}))
+
+            output = tmp_path / "exact.json"
+            output.write_text("an older run's")
+            monkeypatch.setattr(check_graphs, "Check", StandIn)
+            monkeypatch.setattr(check_graphs, "prepare_environment", lambda: None)
+            monkeypatch.setattr(check_graphs.subprocess, "run", in_a_process)
+            monkeypatch.setattr(sys, "argv", ["x", "--dtype", dtype, "--output", str(output)])
+            if problems_of:
+                with pytest.raises(SystemExit, match="1"):
+                    check_graphs.main()
+            else:
+                check_graphs.main()
+            checks = json.loads(output.read_text())["checks"]
+            assert [path.name for path in tmp_path.iterdir()] == ["exact.json"]
+            return [check["variant"] for check in checks], summary(tmp_path)
+
+        # Provenance asks git, which needs processes.
+        monkeypatch.setattr(check_graphs, "provenance", dict)
+        return run
+
+    def test_what_runs_where_nothing_fails(self, narrowed):
+        assert narrowed("float32", {})[0] == ["layerskip"]
+        variants, page = narrowed("bfloat16", {})
+        assert variants == ["layerskip", "without reuse"]
+        assert "waits for the GPU that plain decoding does not have: ['a.py:1']" in page
+        assert "FAULT" not in page
+
+    def test_a_failure_is_narrowed_down(self, narrowed):
+        bad = ["no draft was accepted"]
+        variants, page = narrowed("float32", {"layerskip": bad, "without reuse": bad})
+        assert variants == list(check_graphs.VARIANTS)
+        assert page.count("FAULT: no draft was accepted") == 2
+
+    def test_an_engine_that_does_not_start_is_narrowed_down_too(self, narrowed, capsys):
+        ends = {"layerskip": "raise", "drafts without graphs": "killed"}
+        variants, page = narrowed("float32", ends)
+        assert variants == list(check_graphs.VARIANTS)
+        assert "layerskip: no answer; FAULT: RuntimeError: capture failed" in page
+        assert "drafts without graphs: no answer; FAULT: its process ended" in page
+        assert "Traceback" in capsys.readouterr().err
+
+    def test_waits_are_named_by_their_place(self):
+        class StandIn:
+            def generate(self, prompts, params, use_tqdm):
+                places = {"torch": 7, "other": 8}
+                texts = {"torch": "called a synchronizing CUDA operation", "other": "deprecated"}
+                for name, line in places.items():
+                    warnings.warn_explicit(texts[name], UserWarning, f"/a/worker/{name}.py", line)
+                return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[1], logprobs=None)])]
+
+        assert check_graphs.answer(StandIn(), ["x"], 1, None).waits == ("worker/torch.py:7",)
+
+
+def _parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args([str(argument) for argument in arguments])

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Catch a bad ``speculative_config`` that slips through to the engine, a good one that is
+refused, and an error message that leaves the user without a way out."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_layerskip.config.options import (
+    OWN_KEYS,
+    VALID_KEYS,
+    VLLM_KEYS,
+    asks_for_layerskip,
+    parse_exit_layer,
+    resolve_options,
+)
+
+NUM_LAYERS = 4
+GOOD = {"method": "layerskip", "exit_layer": 2, "num_speculative_tokens": 3}
+BLOCK = {"exit_layer": 1, "num_speculative_tokens": 5, "recipe": {"rotation": 8}}
+
+OURS = [
+    {"method": "layerskip"},
+    {"method": "layerskip", "model": None},
+    {"method": "layerskip", "model": "[self]"},
+    {"model": "[self]"},
+    {"model": "[self]", "method": None, "exit_layer": 2},
+]
+NOT_OURS = [
+    None,
+    {},
+    {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4},
+    {"method": "eagle3", "model": "org/head", "num_speculative_tokens": 3},
+    {"model": "org/draft", "num_speculative_tokens": 3, "draft_tensor_parallel_size": 1},
+    {"num_speculative_tokens": 3},
+]
+# A request that mixes LayerSkip with something else, and what its error must say.
+MIXED = [
+    ({"method": "ngram", "model": "[self]"}, ("'[self]'", "method='ngram'", "Leave method out")),
+    (
+        {"method": "layerskip", "model": "org/draft"},
+        ("model='org/draft'", "method='layerskip'", "Leave model out", "'[self]'"),
+    ),
+    ({"exit_layer": 2}, ("exit_layer", "method='layerskip'", "model='[self]'", "drop the option")),
+    (
+        {"method": "ngram", "reuse_exit_states": False},
+        ("reuse_exit_states", "method='layerskip'", "--spec-model '[self]'", "drop the option"),
+    ),
+]
+
+LAYERS = "an integer from 1 to 3 (the model has 4 layers)"
+TOKENS = "an integer of at least 1"
+USER, FILE = "speculative_config: ", "config.json, 'layerskip' block: "
+
+# Changes to GOOD, the checkpoint's block, and what the error must say.
+BAD = [
+    *[
+        ({"exit_layer": value}, None, (f"{USER}exit_layer={value!r} must be {LAYERS} or 'auto'",))
+        for value in (0, -1, NUM_LAYERS, 99, 2.0, "2", "", "last", True, False, [2])
+    ],
+    *[
+        (
+            {"num_speculative_tokens": value},
+            None,
+            (f"{USER}num_speculative_tokens={value!r} must be {TOKENS}",),
+        )
+        for value in (0, -5, True, False, "3", 3.0, [3])
+    ],
+    *[
+        ({"reuse_exit_states": value}, None, (f"reuse_exit_states={value!r}", "true or false"))
+        for value in (0, 1, "true", "no", None)
+    ],
+    *[
+        ({key: 1}, None, (key, "cannot be used with LayerSkip", "Remove", *sorted(VALID_KEYS)))
+        for key in (
+            "draft_tensor_parallel_size",
+            "prompt_lookup_max",
+            "exit_layers",
+            "quantization",
+        )
+    ],
+    *[
+        (
+            {"exit_layer": "auto"},
+            block,
+            ("exit_layer='auto'", "'layerskip' block", "--exit-layer", LAYERS, "--hf-overrides"),
+        )
+        for block in (None, {}, {"num_speculative_tokens": 5})
+    ],
+    *[
+        (
+            {"num_speculative_tokens": None},
+            block,
+            ("num_speculative_tokens", "not set", "--spec-tokens", TOKENS, "--hf-overrides"),
+        )
+        for block in (None, {}, {"exit_layer": 2})
+    ],
+    *[
+        ({}, block, ("config.json", "'layerskip' must be an object", repr(block), "Correct"))
+        for block in (3, "2", [2, 5], True)
+    ],
+    *[
+        ({"exit_layer": "auto"}, {"exit_layer": value}, (f"{FILE}exit_layer={value!r}", LAYERS))
+        for value in (0, NUM_LAYERS, "2", 1.0, True, None)
+    ],
+    *[
+        (
+            {"num_speculative_tokens": None},
+            {"num_speculative_tokens": value},
+            (f"{FILE}num_speculative_tokens={value!r}", TOKENS),
+        )
+        for value in (0, "5", False, None)
+    ],
+]
+
+
+def _id(value):
+    return repr(value)[:70] if isinstance(value, dict) else None
+
+
+@pytest.mark.parametrize("request_", OURS, ids=repr)
+def test_a_request_that_names_layerskip_is_ours(request_):
+    assert asks_for_layerskip(request_) is True
+
+
+@pytest.mark.parametrize("request_", NOT_OURS, ids=repr)
+def test_a_plain_request_is_not_ours(request_):
+    assert asks_for_layerskip(request_) is False
+
+
+@given(
+    st.dictionaries(
+        st.text(max_size=12).filter(lambda key: key not in OWN_KEYS | {"method", "model"}),
+        st.none() | st.integers() | st.text(max_size=12),
+    ),
+    st.sampled_from([None, "ngram", "eagle3", "draft_model", "mtp"]),
+    st.sampled_from([None, "org/draft", "self", "layerskip"]),
+)
+def test_a_request_without_our_words_is_never_ours_whatever_else_it_holds(rest, method, model):
+    assert asks_for_layerskip(rest | {"method": method, "model": model}) is False
+
+
+@pytest.mark.parametrize(("request_", "says"), MIXED, ids=_id)
+def test_a_mixed_request_is_refused_with_a_remedy(request_, says):
+    with pytest.raises(ValueError, match="speculative_config") as error:
+        asks_for_layerskip(request_)
+    for words in says:
+        assert words in str(error.value)
+
+
+@pytest.mark.parametrize(("changes", "block", "says"), BAD, ids=_id)
+def test_a_bad_option_is_refused_by_name_value_valid_set_and_remedy(changes, block, says):
+    with pytest.raises(ValueError, match="config") as error:
+        resolve_options(GOOD | changes, NUM_LAYERS, block)
+    for words in says:
+        assert words in str(error.value)
+
+
+def test_options_reach_the_result_as_they_were_given():
+    options = resolve_options(GOOD | {"reuse_exit_states": False}, NUM_LAYERS, BLOCK)
+    assert options.exit_layer == 2
+    assert options.num_speculative_tokens == 3
+    assert options.reuse_exit_states is False
+    assert options.vllm_options == {}
+
+
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [
+        ({}, (1, 5)),
+        ({"exit_layer": "auto"}, (1, 5)),
+        ({"exit_layer": None, "num_speculative_tokens": None}, (1, 5)),
+        ({"exit_layer": "auto", "num_speculative_tokens": "auto"}, (1, 5)),
+        ({"exit_layer": 3}, (3, 5)),
+        ({"num_speculative_tokens": 2}, (1, 2)),
+    ],
+    ids=repr,
+)
+def test_what_the_user_left_open_comes_from_the_checkpoint(request_, expected):
+    options = resolve_options({"model": "[self]"} | request_, NUM_LAYERS, BLOCK)
+    assert (options.exit_layer, options.num_speculative_tokens) == expected
+    assert options.reuse_exit_states is True
+
+
+def test_a_bad_value_in_the_checkpoint_does_not_matter_once_the_user_gave_a_good_one():
+    options = resolve_options(GOOD, NUM_LAYERS, {"exit_layer": 99, "num_speculative_tokens": 0})
+    assert (options.exit_layer, options.num_speculative_tokens) == (2, 3)
+
+
+def test_vllms_own_keys_pass_through_unchanged():
+    vllm_options = {key: object() for key in VLLM_KEYS}
+    assert resolve_options(GOOD | vllm_options, NUM_LAYERS, None).vllm_options == vllm_options
+
+
+def test_every_key_that_passes_through_is_a_field_of_vllms_config():
+    from dataclasses import fields
+
+    from vllm.config.speculative import SpeculativeConfig
+
+    assert {field.name for field in fields(SpeculativeConfig)} >= VLLM_KEYS
+
+
+@given(exit_layer=st.integers(-3, 50), num_layers=st.integers(2, 40))
+def test_exit_layer_is_accepted_exactly_from_1_to_the_last_layer_but_one(exit_layer, num_layers):
+    for request, block in (
+        (GOOD | {"exit_layer": exit_layer}, None),
+        (GOOD | {"exit_layer": "auto"}, {"exit_layer": exit_layer}),
+    ):
+        if exit_layer in range(1, num_layers):
+            assert resolve_options(request, num_layers, block).exit_layer == exit_layer
+        else:
+            with pytest.raises(ValueError, match=rf"={exit_layer} .* to {num_layers - 1} "):
+                resolve_options(request, num_layers, block)
+
+
+@given(st.text().filter(lambda text: text != "auto"))
+def test_only_integers_and_auto_parse_as_an_exit_layer(text):
+    try:
+        expected = int(text)
+    except ValueError:
+        with pytest.raises(ValueError, match="must be an integer or 'auto'") as error:
+            parse_exit_layer(text)
+        assert repr(text) in str(error.value)
+    else:
+        assert parse_exit_layer(text) == expected
+
+
+@given(st.integers())
+def test_an_exit_layer_survives_the_command_line(exit_layer):
+    assert parse_exit_layer(str(exit_layer)) == exit_layer
+    assert parse_exit_layer("auto") == "auto"
+
+
+SCHEDULE = [[1, 4, 5], [5, 16, 2], [17, 64, 0]]
+TUNED = BLOCK | {"num_speculative_tokens_per_batch_size": SCHEDULE}
+
+
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [
+        ({}, [(1, 4, 5), (5, 16, 2), (17, 64, 0)]),
+        ({"exit_layer": "auto"}, [(1, 4, 5), (5, 16, 2), (17, 64, 0)]),
+        ({"num_speculative_tokens": None}, [(1, 4, 5), (5, 16, 2), (17, 64, 0)]),
+        # Tuned for the checkpoint's own pair; to state E or K, even the same, is a decision.
+        ({"exit_layer": 1}, None),
+        ({"num_speculative_tokens": 5}, None),
+        ({"num_speculative_tokens": 2}, None),
+        ({"num_speculative_tokens_per_batch_size": [(1, 8, 3)]}, [(1, 8, 3)]),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_the_checkpoints_schedule_belongs_to_its_own_e_and_k(request_, expected):
+    options = resolve_options({"model": "[self]"} | request_, NUM_LAYERS, TUNED)
+    assert options.vllm_options.get("num_speculative_tokens_per_batch_size") == expected
+
+
+def test_a_request_for_no_schedule_gets_none():
+    request = {"model": "[self]", "num_speculative_tokens_per_batch_size": None}
+    options = resolve_options(request, NUM_LAYERS, TUNED)
+    assert options.vllm_options == {"num_speculative_tokens_per_batch_size": None}
+    assert options.num_speculative_tokens == 5
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        None, [], {}, 5, "1-4", [1, 4, 5], [[1, 4]], [[1, 4, 5, 6]], [[2, 4, 5]], [[0, 4, 5]],
+        [[1, 4, -1]], [[4, 1, 5]], [[1, 4, 5], [4, 8, 2]], [[5, 8, 2], [1, 4, 5]], [[1, 4, 5.0]],
+        [[1, True, 5]], [["1", 4, 5]],
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_a_bad_schedule_in_the_checkpoint_is_refused(schedule):
+    block = BLOCK | {"num_speculative_tokens_per_batch_size": schedule}
+    with pytest.raises(ValueError, match="config.json, 'layerskip' block") as error:
+        resolve_options({"model": "[self]"}, NUM_LAYERS, block)
+    for words in ("num_speculative_tokens_per_batch_size", repr(schedule), "vllm-layerskip tune"):
+        assert words in str(error.value)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(-1, 9), st.integers(-1, 9), st.integers(-1, 4)).map(list),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_a_schedule_is_accepted_only_if_vllm_accepts_it(schedule):
+    from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
+
+    from vllm_layerskip.config.options import checked_schedule
+
+    try:
+        ours = checked_schedule(schedule, "here")
+    except ValueError:
+        return
+    assert ours == validate_and_normalize_dynamic_sd_schedule(schedule)

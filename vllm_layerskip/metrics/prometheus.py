@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LayerSkip's own Prometheus series, beside vLLM's ``vllm:spec_decode_*``.
+
+They appear where vLLM's do: on a server's ``/metrics`` (with several API servers and data
+parallel ranks, in Ray's metrics too) and in ``LLM.get_metrics()``, labelled with
+``model_name`` and ``engine``. Without statistics (``--disable-log-stats``) there are none.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from vllm_layerskip import __version__
+from vllm_layerskip.host import version
+from vllm_layerskip.host.wrap import wrap
+from vllm_layerskip.metrics.step_counts import StepCounts, take_step_counts
+
+PREFIX = "vllm_layerskip:"
+_LLM_ENGINE_MODULE = "vllm.v1.engine.llm_engine"
+_LOGGER = "_layerskip_logger"
+
+
+class LayerSkipStatLogger:
+    """The series of the engines that one front end serves.
+
+    vLLM's loggers say of which kind its counters and gauges are: Prometheus's or Ray's.
+    """
+
+    def __init__(self, vllm_config: Any, engine_indexes: list[int], prometheus_logger: Any) -> None:
+        config = vllm_config.speculative_config
+        model_name = vllm_config.model_config.served_model_name
+        labels = ["model_name", "engine"]
+        engines = {index: [model_name, str(index)] for index in engine_indexes}
+        self.num_speculative_tokens: int = config.num_speculative_tokens
+
+        def counter(name: str, documentation: str, *more: str) -> Any:
+            return prometheus_logger._counter_cls(
+                name=PREFIX + name, documentation=documentation, labelnames=[*labels, *more]
+            )
+
+        reused = counter(
+            "num_verify_steps_reused",
+            "Verify steps that started from the drafts' exit states: the early stage ran for "
+            "one token per request.",
+        )
+        full = counter(
+            "num_verify_steps_full",
+            "Verify steps that ran the early stage for every token.",
+        )
+        drafted = counter(
+            "num_draft_tokens_per_pos",
+            "Drafted tokens that were verified, by position. With a schedule of numbers of "
+            "drafts, vllm:spec_decode_num_accepted_tokens_per_pos divided by this is the "
+            "acceptance rate of a position.",
+            "position",
+        )
+        self.verify_steps = {
+            index: (reused.labels(*values), full.labels(*values))
+            for index, values in engines.items()
+        }
+        self.draft_tokens = {
+            index: [
+                drafted.labels(*values, str(position))
+                for position in range(self.num_speculative_tokens)
+            ]
+            for index, values in engines.items()
+        }
+        info = config_info(vllm_config)
+        gauge = prometheus_logger._gauge_cls(
+            name=PREFIX + "config_info",
+            documentation="The engine's LayerSkip settings, as labels; the value is 1.",
+            multiprocess_mode="mostrecent",
+            labelnames=[*labels, *info],
+        )
+        for values in engines.values():
+            gauge.labels(*values, *info.values()).set(1)
+
+    def record(self, counts: StepCounts, scheduler_stats: Any, engine_index: int) -> None:
+        for counter, count in zip(self.verify_steps[engine_index], counts, strict=True):
+            counter.inc(count)
+        stats = scheduler_stats.spec_decoding_stats
+        if stats is not None:
+            drafted = zip(
+                self.draft_tokens[engine_index], stats.num_draft_tokens_per_pos, strict=True
+            )
+            for counter, count in drafted:
+                counter.inc(count)
+
+
+def config_info(vllm_config: Any) -> dict[str, str]:
+    """Labels of ``config_info``."""
+    config = vllm_config.speculative_config
+    draft_vocab = config.draft_vocab
+    return {
+        "exit_layer": str(config.exit_layer),
+        "num_hidden_layers": str(vllm_config.model_config.get_total_num_hidden_layers()),
+        "num_speculative_tokens": str(config.num_speculative_tokens),
+        "reuse_exit_states": str(config.reuse_exit_states).lower(),
+        "draft_vocab_size": "all" if draft_vocab is None else str(len(draft_vocab)),
+        "vllm_layerskip_version": __version__,
+        "vllm_version": version.vllm_version(),
+    }
+
+
+def export_from_front_ends() -> None:
+    """Give this process's LayerSkip engines our series; other engines keep vLLM's alone."""
+    from vllm.v1.metrics.loggers import StatLoggerManager
+
+    wrap(StatLoggerManager, "__init__", _init)
+    wrap(StatLoggerManager, "record", _record)
+
+
+def _init(original: Callable) -> Callable:
+    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, vllm_config, *args, **kwargs)
+        # Like vLLM's, they are the process's: a new engine's take the place of the last one's.
+        _unregister()
+        from vllm_layerskip.config.layerskip_config import LayerSkipConfig
+
+        if isinstance(vllm_config.speculative_config, LayerSkipConfig):
+            logger = LayerSkipStatLogger(
+                vllm_config, self.engine_indexes, _prometheus_logger(self.stat_loggers)
+            )
+            setattr(self, _LOGGER, logger)
+            _wrap_get_metrics()
+
+    return init
+
+
+def _record(original: Callable) -> Callable:
+    def record(
+        self: Any,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int | None = None,
+    ) -> None:
+        logger: LayerSkipStatLogger | None = getattr(self, _LOGGER, None)
+        if logger is not None and scheduler_stats is not None:
+            counts = take_step_counts(scheduler_stats, logger.num_speculative_tokens)
+            logger.record(counts, scheduler_stats, engine_idx or 0)
+        original(self, scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)
+
+    return record
+
+
+def _prometheus_logger(stat_loggers: list[Any]) -> Any:
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    return next(logger for logger in stat_loggers if isinstance(logger, PrometheusStatLogger))
+
+
+def _unregister() -> None:
+    from prometheus_client import REGISTRY
+
+    for collector, names in list(REGISTRY._collector_to_names.items()):
+        if any(name.startswith(PREFIX) for name in names):
+            REGISTRY.unregister(collector)
+
+
+def _wrap_get_metrics() -> None:
+    # An asynchronous engine's process need not have it.
+    llm_engine = sys.modules.get(_LLM_ENGINE_MODULE)
+    if llm_engine is not None:
+        wrap(llm_engine.LLMEngine, "get_metrics", _get_metrics)
+
+
+def _get_metrics(original: Callable) -> Callable:
+    def get_metrics(self: Any) -> list[Any]:
+        return [*original(self), *_snapshot()]
+
+    return get_metrics
+
+
+def _snapshot() -> Iterator[Any]:
+    """Our series as vLLM's ``get_metrics`` gives its own, which must start with ``vllm:``."""
+    from prometheus_client import REGISTRY
+    from vllm.v1.metrics.reader import Counter, Gauge, Vector
+
+    for metric in REGISTRY.collect():
+        if not metric.name.startswith(PREFIX):
+            continue
+        # A counter also has the time of its creation.
+        samples = [s for s in metric.samples if s.name in (metric.name, f"{metric.name}_total")]
+        if metric.name == PREFIX + "num_draft_tokens_per_pos":
+            vectors: dict[tuple[tuple[str, str], ...], list[int]] = {}
+            for sample in samples:
+                key = tuple((k, v) for k, v in sample.labels.items() if k != "position")
+                # In order of their positions, as they were made.
+                vectors.setdefault(key, []).append(int(sample.value))
+            for key, values in vectors.items():
+                yield Vector(name=metric.name, labels=dict(key), values=values)
+        elif metric.type == "counter":
+            for sample in samples:
+                yield Counter(name=metric.name, labels=sample.labels, value=int(sample.value))
+        else:
+            for sample in samples:
+                yield Gauge(name=metric.name, labels=sample.labels, value=sample.value)

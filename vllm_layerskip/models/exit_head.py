@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What drafting needs of a model beside its own ``compute_logits``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class ExitHead:
+    """Mixin for a model: what drafting needs of it beside ``compute_logits``."""
+
+    lm_head: Any
+    logits_processor: Any
+
+    num_weight_loads = 0
+    """Calls of ``load_weights``; a copy of weights that is older is stale."""
+
+    def load_weights(self, *args: Any, **kwargs: Any) -> Any:
+        self.num_weight_loads += 1
+        return super().load_weights(*args, **kwargs)  # type: ignore[misc]
+
+    def get_top_tokens(
+        self,
+        hidden_states: torch.Tensor,  # [R, H]
+    ) -> torch.Tensor:
+        """``[R]`` token ids of the largest logits, without gathering logits across ranks."""
+        bias = getattr(self.lm_head, "bias", None)
+        return self.logits_processor.get_top_tokens(self.lm_head, hidden_states, bias)

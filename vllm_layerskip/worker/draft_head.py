@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The LM head of drafts that come from a draft vocabulary.
+
+A copy of the head's rows for D of V token ids. Logits are computed by the model's own
+``compute_logits`` on this smaller head, so scale, soft cap, bias and dtype are the model's.
+What leaves this module is in the model's token ids, never in draft vocabulary's indices.
+
+With tensor parallelism the D rows are dealt out anew. Frequent tokens have low ids, so most
+of them lie on the first rank's shard of the model's head; a head sliced shard by shard would
+leave the other ranks with nothing to do.
+
+Every tensor is allocated once and written in place: a captured CUDA graph may hold it.
+
+Shapes: R rows, S request slots, H hidden size, V vocabulary, D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    DEFAULT_VOCAB_PADDING_SIZE,
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+)
+
+from vllm_layerskip.config.draft_vocab import DraftVocab
+
+logger = init_logger("vllm.layerskip.draft_head")
+
+_ROWS_AT_ONCE = 4096  # Bounds what slicing needs beside the slice when weights are reloaded.
+
+
+class DraftHead:
+    """Logits and argmax over a draft vocabulary.
+
+    Args:
+        model: a ``LayerSkipForCausalLM`` whose weights are loaded.
+        draft_vocab: the ids of the D rows.
+        draft_logits: ``[S, K, V]``, the speculator's cache of the logits that drafts were
+            sampled from; None if drafts are argmaxes, and ``compute_logits`` is not called.
+
+    Raises:
+        ValueError: the LM head is no plain matrix.
+    """
+
+    def __init__(
+        self, model: nn.Module, draft_vocab: DraftVocab, draft_logits: torch.Tensor | None
+    ) -> None:
+        _require_plain_head(model.lm_head, draft_vocab)
+        self._model = model
+        self._draft_vocab = draft_vocab
+        device = model.lm_head.weight.device
+        # [D]
+        self.token_ids = torch.empty(len(draft_vocab), dtype=torch.int64, device=device)
+        # Sleep level 2 discards weights and brings a model's buffers back: ids out of range would
+        # be read if weights then come without ``load_weights``.
+        model.register_buffer("layerskip_draft_token_ids", self.token_ids, persistent=False)
+        with device:
+            self.lm_head = _empty_head(model.lm_head, len(draft_vocab))
+        self._sliced_model = _with_head(model, self.lm_head)
+        # [S, V]; outside of the draft vocabulary -inf: a probability of 0.
+        self._full_logits = None if draft_logits is None else torch.empty_like(draft_logits[:, 0])
+        self._num_weight_loads = -1
+        self.refresh()
+        logger.info_once(
+            "LayerSkip drafts are %d of %d token ids (%s); extra memory: %d bytes for their LM "
+            "head.",
+            len(draft_vocab),
+            model.logits_processor.org_vocab_size,
+            draft_vocab.source,
+            self.num_bytes,
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Extra memory on this rank."""
+        own = (*self.lm_head.parameters(), self.token_ids, self._full_logits)
+        return sum(tensor.nbytes for tensor in own if tensor is not None)
+
+    def refresh(self) -> None:
+        """Copy the rows again if the model's weights were loaded since.
+
+        Call it before the passes of a step, on every rank: it may communicate. It costs a
+        comparison on the host when there is nothing to do.
+        """
+        if self._num_weight_loads == self._model.num_weight_loads:
+            return
+        self._num_weight_loads = self._model.num_weight_loads
+        # Sleep level 2 discards these with the weights.
+        self.token_ids.copy_(torch.tensor(self._draft_vocab.token_ids))
+        if self._full_logits is not None:
+            self._full_logits.fill_(-float("inf"))
+        _copy_rows(self._model.lm_head, self.lm_head, self.token_ids)
+        # The platform's hook; on a CPU it packs the weight for its kernels.
+        self.lm_head.quant_method.process_weights_after_loading(self.lm_head)
+
+    def compute_logits(
+        self,
+        hidden_states: torch.Tensor,  # [R, H]
+    ) -> torch.Tensor:
+        """``[R, V]`` logits, -inf outside of the draft vocabulary; valid until the next call."""
+        assert self._full_logits is not None
+        logits = self._sliced_model.compute_logits(hidden_states)
+        full = self._full_logits[: logits.shape[0]]
+        return full.index_copy_(1, self.token_ids, logits.to(full.dtype))
+
+    def get_top_tokens(
+        self,
+        hidden_states: torch.Tensor,  # [R, H]
+    ) -> torch.Tensor:
+        """``[R]`` token ids of the largest logits."""
+        return self.token_ids[self._sliced_model.get_top_tokens(hidden_states)]
+
+
+def _require_plain_head(lm_head: Any, draft_vocab: DraftVocab) -> None:
+    plain = isinstance(
+        lm_head.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod
+    ) and lm_head.weight.shape == (lm_head.num_embeddings_per_partition, lm_head.embedding_dim)
+    if not plain:
+        raise ValueError(
+            f"{draft_vocab.source} needs the rows of the LM head, and this model keeps it in the "
+            f"format of {type(lm_head.quant_method).__name__}. Set draft_vocab='none' "
+            "(--draft-vocab none), or use a checkpoint whose LM head is not quantised."
+        )
+
+
+def _empty_head(lm_head: Any, num_rows: int) -> ParallelLMHead:
+    """A head of ``num_rows`` rows, split over ``lm_head``'s ranks."""
+    return ParallelLMHead(
+        num_rows,
+        lm_head.embedding_dim,
+        bias=getattr(lm_head, "bias", None) is not None,
+        params_dtype=lm_head.weight.dtype,
+        padding_size=math.lcm(DEFAULT_VOCAB_PADDING_SIZE, lm_head.tp_size),
+        disable_tp=lm_head.disable_tp,
+    )
+
+
+def _with_head(model: nn.Module, lm_head: ParallelLMHead) -> nn.Module:
+    """``model`` with another LM head: its own code and modules, no copy of a weight."""
+    logits_processor = copy.copy(model.logits_processor)
+    logits_processor.vocab_size = logits_processor.org_vocab_size = lm_head.org_vocab_size
+    view = copy.copy(model)
+    view._modules = {
+        **model._modules,
+        "lm_head": lm_head,
+        "logits_processor": logits_processor,
+    }
+    return view
+
+
+@torch.no_grad()
+def _copy_rows(
+    source: Any,  # LM head of V rows
+    target: ParallelLMHead,  # of D rows
+    token_ids: torch.Tensor,  # [D]
+) -> None:
+    """Fill this rank's shard of ``target`` with rows of all shards of ``source``."""
+    shard = target.shard_indices
+    own_start, own_end = shard.org_vocab_start_index, shard.org_vocab_end_index
+    for name, parameter in target.named_parameters():
+        parameter[own_end - own_start :].zero_()  # Padding.
+        for start in range(0, len(token_ids), _ROWS_AT_ONCE):
+            rows = _rows(source, getattr(source, name), token_ids[start : start + _ROWS_AT_ONCE])
+            first, last = max(start, own_start), min(start + len(rows), own_end)
+            if first < last:
+                parameter[first - own_start : last - own_start].copy_(
+                    rows[first - start : last - start]
+                )
+
+
+def _rows(
+    source: Any,
+    parameter: torch.Tensor,  # [V / ranks, ...] this rank's shard of ``source``
+    token_ids: torch.Tensor,  # [N]
+) -> torch.Tensor:
+    """``[N, ...]`` rows of all ranks' shards; the same on each rank."""
+    shard = source.shard_indices
+    start, end = shard.org_vocab_start_index, shard.org_vocab_end_index
+    elsewhere = (token_ids < start) | (token_ids >= end)
+    rows = parameter[(token_ids - start).masked_fill_(elsewhere, 0)]
+    rows[elsewhere] = 0
+    # Every row is one rank's plus zeros: the sum is exact.
+    return tensor_model_parallel_all_reduce(rows) if source.tp_size > 1 else rows
