@@ -2,7 +2,7 @@
 """Early and late stage as two compiled units.
 
 Catches a stage that is left uncompiled, and a compile cache that gives one engine the graph
-of another exit layer (pitfalls T23).
+of another exit layer (docs/tests.md, T23).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's counts of drafts and accepted tokens are what the answers say (pitfalls T25).
+"""vLLM's counts of drafts and accepted tokens are what the answers say (docs/tests.md, T25).
 
 Every verification gives a request its accepted drafts and one token more, so the counts of a
 request add up to its tokens. Catches drafts that are counted twice, at a wrong position or not

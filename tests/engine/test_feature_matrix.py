@@ -2,7 +2,7 @@
 """Every way of scheduling x every sampling parameter gives plain vLLM's tokens.
 
 Catches drafts that survive a preemption, a parameter that is applied to the wrong position of
-a verify step, and a scheduler that runs ahead of the tokens (pitfalls T3, T4, T10, T12, T14).
+a verify step, and a scheduler that runs ahead of the tokens (docs/tests.md, T3, T4, T10, T12, T14).
 One request of each parameter, all in one engine, so that rows of every kind share batches.
 """
 

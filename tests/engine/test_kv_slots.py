@@ -2,7 +2,7 @@
 """Every K/V write of a run lands in its own request's block, at its own position.
 
 A draft pass writes the target's cache, so a write to a block that was not reserved is another
-request's wrong output (pitfalls T6). The scheduler's own block lists are the reference.
+request's wrong output (docs/tests.md, T6). The scheduler's own block lists are the reference.
 """
 
 from __future__ import annotations

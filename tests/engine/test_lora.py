@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA adapters mixed in one batch: each row of a draft gets its request's adapter.
 
-Catches a verify step with another row's adapter (pitfalls T16), by its tokens, and a draft pass
-with one, by its acceptance: verification with LoRA writes every draft's K/V again.
+Catches (docs/tests.md, T16) a verify step with another row's adapter, by its tokens, and a draft
+pass with one, by its acceptance: verification with LoRA writes every draft's K/V again.
 """
 
 from __future__ import annotations

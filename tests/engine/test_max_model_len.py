@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests that reach the model's last position (pitfalls T5).
+"""Requests that reach the model's last position (docs/tests.md, T5).
 
 A draft past the end must not overwrite the K/V of the last real tokens. Every residue
 0..K+1 of the distance to the end is met, with batches of one and of many.

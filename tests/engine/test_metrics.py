@@ -3,7 +3,7 @@
 usual processes, ``LLM.get_metrics()``, and vLLM's numbers per request.
 
 Catches counters that are lost between processes, counted once per rank or API server, or
-missing under an option (pitfalls T25).
+missing under an option (docs/tests.md, T25).
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def test_schedule_shrinks_k_to_zero_as_the_batch_grows(pool, checkpoint, prompts
 
 @pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
 def test_steps_without_drafts_between_steps_with(pool, checkpoint, prompts, async_scheduling):
-    """A second request turns drafting off while it runs, and off and on again (pitfalls T9)."""
+    """A second request turns drafting off, and off and on again (docs/tests.md, T9)."""
     schedule = [(1, 1, 4), (2, 4, 0)]
     expected = pool.get(checkpoint).greedy(prompts[:3], max_tokens=100)
     engine = pool.layerskip(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests that lose their blocks and slots in the middle of generating (pitfalls T3, T26)."""
+"""Requests that lose their blocks and slots while they generate (docs/tests.md, T3, T26)."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 """The prefix cache holds what plain vLLM's holds, and no draft.
 
 Catches a block published with draft tokens, an EAGLE-like block drop (hits one block
-short), and reuse for a row that has no exit states (pitfalls T1, T2).
+short), and reuse for a row that has no exit states (docs/tests.md, T1, T2).
 """
 
 from __future__ import annotations

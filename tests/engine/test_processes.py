@@ -2,7 +2,7 @@
 """Engines outside of the test process: vLLM's own process layout, and two ranks.
 
 Catches a config that does not survive the way to another process, a plugin that is not
-loaded there, and ranks that draft different tokens (pitfalls T17).
+loaded there, and ranks that draft different tokens (docs/tests.md, T17).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that are loaded again, and memory that sleep mode discards (pitfalls T18).
+"""Weights that are loaded again, and memory that sleep mode discards (docs/tests.md, T18).
 
 Catches a copy of weights, or a buffer with content of its own, that does not come back.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""With temperature, the output distribution is the target's (pitfalls T15).
+"""With temperature, the output distribution is the target's (docs/tests.md, T15).
 
 A vocabulary of 6 tokens lets the exact distribution of whole continuations be enumerated
 with transformers; thousands of continuations from the engine are tested against it.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sliding windows: in every layer, or interleaved with full attention (pitfalls T21).
+"""Sliding windows: in every layer, or interleaved with full attention (docs/tests.md, T21).
 
 vLLM keeps a KV cache group for each kind of layer and frees the blocks that a window has left
 behind, also while drafts are in the blocks in front. Catches a draft pass with the slots of

@@ -2,7 +2,7 @@
 """Early stage, late stage and what they leave behind, against a torch reference.
 
 The reference is transformers' Llama, which shares no code with vLLM. Catches a stage cut
-at the wrong layer and K/V that a draft or a verify step left wrong (pitfalls T7).
+at the wrong layer and K/V that a draft or a verify step left wrong (docs/tests.md, T7).
 """
 
 from __future__ import annotations

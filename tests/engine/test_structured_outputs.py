@@ -3,7 +3,7 @@
 
 Without async scheduling vLLM cuts a request's drafts at the first forbidden one, so rows verify
 different numbers of drafts; with it they are verified and never accepted. Catches exit states
-or K/V of such drafts in use, and the -1 that stands for one as an embedding's index (pitfalls
+or K/V of such drafts in use, and the -1 that stands for one as an embedding's index (docs/tests.md,
 T10, T11).
 """
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from vllm_layerskip.config.draft_vocab import write_token_ids
 from vllm_layerskip.errors import UserError
-from vllm_layerskip.files.text import jsonl_text, text_files
+from vllm_layerskip.files.jsonl import jsonl_text
+from vllm_layerskip.files.text import text_files
 
 PASSAGE_CHARS = 20_000
 """Texts are cut at line ends into passages of about this size."""

@@ -23,7 +23,8 @@ import torch
 
 from vllm_layerskip.errors import UserError
 from vllm_layerskip.files.corpus import load_stdlib
-from vllm_layerskip.files.text import jsonl_text, text_files
+from vllm_layerskip.files.jsonl import jsonl_text
+from vllm_layerskip.files.text import text_files
 
 STDLIB = "stdlib"
 OPTION = "--data"

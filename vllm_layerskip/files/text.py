@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import codecs
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from vllm_layerskip.errors import UserError
 
@@ -48,31 +46,3 @@ def _begins_as_text(file: Path) -> bool:
     except UnicodeDecodeError:
         return False
     return b"\0" not in beginning
-
-
-def json_value(line: str, where: str) -> Any:
-    """The value of a line of a .jsonl file.
-
-    Raises:
-        UserError: it is no JSON.
-    """
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: this is no JSON ({error}).") from None
-
-
-def jsonl_text(line: str, where: str, text_field: str) -> str:
-    """The text of a line of a .jsonl file.
-
-    Raises:
-        UserError: it has none.
-    """
-    value = json_value(line, where)
-    text = value.get(text_field) if isinstance(value, dict) else value
-    if not isinstance(text, str):
-        raise UserError(
-            f"{where}: there is no text. Each line must be a JSON string, or an object with the "
-            f"text in {text_field!r} (--text-field)."
-        )
-    return text

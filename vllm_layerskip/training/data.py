@@ -26,7 +26,8 @@ from transformers import PreTrainedTokenizerBase
 
 from vllm_layerskip.errors import UserError
 from vllm_layerskip.files.corpus import load_stdlib
-from vllm_layerskip.files.text import json_value, text_files
+from vllm_layerskip.files.jsonl import json_value
+from vllm_layerskip.files.text import text_files
 from vllm_layerskip.training.config import DataConfig, Source
 from vllm_layerskip.training.loss import IGNORED
 

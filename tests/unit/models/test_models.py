@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 import transformers
 
+from benchmarks.pages.architectures import TABLES, table
+from benchmarks.pages.tables import with_tables
 from vllm_layerskip import architectures as models
 from vllm_layerskip.architectures import SUPPORTED_ARCHITECTURES, register_architecture
 from vllm_layerskip.config.select_model import select_model
 from vllm_layerskip.host import check
-from vllm_layerskip.models.__main__ import BEGIN, END, table, with_table
 
 REQUEST = {"method": "layerskip", "exit_layer": 2, "num_speculative_tokens": 3}
 DOCS = Path(__file__).parents[3] / "docs"
@@ -321,24 +322,9 @@ def test_a_path_that_names_no_class_is_refused(registry, path):
 
 def test_the_documented_table_is_up_to_date():
     text = (DOCS / "models.md").read_text()
-    assert with_table(text) == text, f"run: {BEGIN.strip('<!-> ').partition(': ')[2]}"
+    assert with_tables(text, TABLES) == text, "run: python -m benchmarks.pages.architectures"
     for name in SUPPORTED_ARCHITECTURES:
         assert f"`{name}`" in table()
-
-
-def test_the_table_is_written_between_its_markers(tmp_path, monkeypatch):
-    file = tmp_path / "models.md"
-    file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    monkeypatch.setattr(sys, "argv", ["models", "--write", str(file)])
-    models_main = importlib.import_module("vllm_layerskip.models.__main__")
-    models_main.main()
-    text = file.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("\nafter\n")
-    assert "old" not in text
-    assert table() in text
-    with pytest.raises(ValueError, match="must have the lines"):
-        with_table("no markers")
 
 
 def test_importing_the_list_imports_no_vllm():

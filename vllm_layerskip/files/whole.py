@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files and folders that are written whole or not at all.
+
+Whoever reads a path finds the old content or the new one, also after a crash in between.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+UNFINISHED = ".unfinished"
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A draft beside ``path`` to write to; it takes the place of ``path`` if no error is raised.
+
+    A file that was there before keeps its permissions.
+
+    Raises:
+        OSError: the folder does not exist or cannot be written.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
+    try:
+        yield draft
+        with draft.open("rb+") as file:
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, draft)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace ``path`` in one step.
+
+    Raises:
+        OSError: the folder does not exist or cannot be written.
+    """
+    with whole_file(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
+    """Replace ``path`` in one step by JSON that ends with a line break.
+
+    Raises:
+        OSError: the folder does not exist or cannot be written.
+    """
+    write_text(path, json.dumps(content, indent=indent) + "\n")
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Move ``source`` to ``target`` on one file system; an older ``target`` goes."""
+    if not target.exists():
+        os.replace(source, target)
+        return
+    outdated = target.with_name(f"{UNFINISHED}-{target.name}-outdated")
+    shutil.rmtree(outdated, ignore_errors=True)
+    os.replace(target, outdated)
+    os.replace(source, target)
+    shutil.rmtree(outdated)
