@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from vllm_layerskip.architectures import (
@@ -13,7 +13,7 @@ from vllm_layerskip.architectures import (
     early_exit_path,
 )
 from vllm_layerskip.config import cli_args, early_exit
-from vllm_layerskip.config.options import asks_for_layerskip
+from vllm_layerskip.config.request import asks_for_layerskip, speculative_request
 from vllm_layerskip.cpu.triton_interpreter import interpret_mode
 from vllm_layerskip.host import check, version
 from vllm_layerskip.host.wrap import wrap, wrap_init_speculator
@@ -91,7 +91,7 @@ def _create_model_config(original: Callable) -> Callable:
         if request is None:
             return original(self)
         check.require_supported_vllm()
-        early_exit.refuse_speculation(request, _speculative_request(self))
+        early_exit.refuse_speculation(request, speculative_request(self))
         # Once for the whole model, to see its layers, and once for the part that is served.
         given = self.hf_overrides
         try:
@@ -108,7 +108,7 @@ def _create_speculative_config(original: Callable) -> Callable:
     def create_speculative_config(
         self: Any, target_model_config: Any, target_parallel_config: Any
     ) -> Any:
-        request = _speculative_request(self)
+        request = speculative_request(self)
         if not asks_for_layerskip(request):
             return original(self, target_model_config, target_parallel_config)
         check.require_supported_vllm()
@@ -118,29 +118,6 @@ def _create_speculative_config(original: Callable) -> Callable:
         return build_config(request, self, target_model_config, target_parallel_config)
 
     return create_speculative_config
-
-
-def _speculative_request(engine_args: Any) -> Mapping[str, Any]:
-    """``speculative_config`` with the short flags folded in, as vLLM does it.
-
-    Raises:
-        ValueError: a key was given both ways.
-    """
-    given = engine_args.speculative_config or {}
-    request = {key.replace("-", "_"): value for key, value in given.items()}
-    for flag, key, value in (
-        ("--spec-method", "method", engine_args.spec_method),
-        ("--spec-model", "model", engine_args.spec_model),
-        ("--spec-tokens", "num_speculative_tokens", engine_args.spec_tokens),
-    ):
-        if value is None:
-            continue
-        if key in request:
-            raise ValueError(
-                f"{flag} and --speculative-config['{key}'] are mutually exclusive. Give one."
-            )
-        request[key] = value
-    return request
 
 
 def _init_speculator(original: Callable) -> Callable:

@@ -31,13 +31,12 @@ SHORTER: dict[str, str] = {
     # CUDA graphs and compilation, which a CPU has no use for.
     '"path/to/a/layerskip-llama",': '"MODEL", enforce_eager=True,',
     "LLM(MODEL, hf_overrides": 'LLM("MODEL", enforce_eager=True, hf_overrides',
-    '    MODEL, hf_overrides={"arch': '    "MODEL", enforce_eager=True, hf_overrides={"arch',
 }
 """Texts of documents, and what runs in their place."""
 
 
 OUTPUTS = ("out", "layerskip-model")
-"""Folders that a command refuses to write into where another document's command has."""
+"""Folders to remove first: a command refuses one that another document's command wrote."""
 
 
 def make(folder: Path) -> Path:
@@ -84,7 +83,7 @@ def make(folder: Path) -> Path:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Of a shell in the sandbox, without network."""
+    """Variables of a shell in the sandbox, without network."""
     tools = folder / ".tools"
     if not tools.exists():
         shutil.copytree(TOOLS, tools)
@@ -117,7 +116,7 @@ def shortened(block: Block) -> str:
 
 
 def run(block: Block, folder: Path, timeout_s: float = 590) -> str:
-    """Run a block; everything that it printed.
+    """Run a block and return everything that it printed.
 
     Raises:
         AssertionError: a command of it failed.

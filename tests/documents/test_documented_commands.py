@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run every command of the documents, as it is written, but for those that need GPUs.
+"""Run every command of the documents, as it is written, except those that need GPUs.
 
 The blocks that are quick run by default, the rest with ``-m slow``. A new block is slow until it is
 listed here.
@@ -11,8 +11,8 @@ import pytest
 import sandbox
 from markdown import all_blocks
 
-QUICK = ("benchmarks.decode.limits", "benchmarks.decode.report", "vllm-layerskip draft-vocab")
-"""A block of which each command is one of these is quick."""
+QUICK = ("benchmarks.decode.limits", "benchmarks.pages.report", "vllm-layerskip draft-vocab")
+"""A block is quick if each of its commands is one of these."""
 ELSEWHERE = {
     "docs/adding-an-architecture.md": "engine/test_third_party_model.py, from the page's text",
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small checkpoints made for one question each."""
+"""Small checkpoints, each made to test one thing."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ vLLM's CPU platform turns compile mode 3 into a plain ``torch.compile``. Here it
 are split at attention, pieces go through vLLM's Inductor backend, its cache and its graph wrapper,
 as on a GPU. What a CPU lacks is the CUDA graph inside of the wrapper; ``PieceGraphs`` stands in.
 
-There is no engine: nothing would run piecewise graphs in one on a CPU. The model is called as a
-runner calls it, and attention, an operator between the pieces, works without a KV cache.
+There is no engine, because on a CPU none runs piecewise graphs. The model is called as a runner
+calls it, and attention, an operator between the pieces, works without a KV cache.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class PieceGraphs:
     """vLLM's ``CUDAGraphWrapper`` of one compiled piece, without CUDA: a "graph" per batch size.
 
     Like a CUDA graph, it insists on the input addresses of its capture and leaves its outputs in
-    the memory of its capture. What the wrapper only weakly refers to, the outputs of a unit's last
-    piece, is NaN as soon as another graph runs: the memory is in the pool that all of them share.
+    the memory of its capture. The wrapper refers only weakly to the outputs of a unit's last piece:
+    they become NaN as soon as another graph runs, since all graphs share one pool of memory.
     """
 
     counts: ClassVar[Counter[str]] = Counter()
@@ -94,7 +94,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def compile_as_on_a_gpu(capture_sizes: list[int]) -> None:
-    """For this process's life: what a GPU's platform leaves as it was asked for, and adds."""
+    """Make this process, for good, keep what was asked for and add what a GPU's platform adds."""
     platform = type(current_platform)
     apply = platform.check_and_update_config
 
@@ -192,7 +192,7 @@ class Runner:
     ) -> torch.Tensor:
         with self.context(num_tokens, mode, **kwargs):
             output = self.model(self.input_ids[:num_tokens], self.positions[:num_tokens])
-        return output.clone()  # A graph's memory is the next graph's.
+        return output.clone()  # The next graph takes this one's memory.
 
     def draft(self, **kwargs: Any) -> torch.Tensor:
         with self.context(1, CUDAGraphMode.NONE, **kwargs):
@@ -230,7 +230,7 @@ def outputs(runner: Runner, request: dict[str, Any]) -> dict[str, Any]:
 def outputs_without_late_stage_inputs(runner: Runner) -> dict[str, Any]:
     """A model that hands the early stage's outputs to the late stage as they are."""
     stages = runner.model._stages
-    kept: list[Any] = []  # Else a copy's memory might be the next copy's.
+    kept: list[Any] = []  # Otherwise the next copy might take this memory.
 
     def hand_over(num_tokens: int, copied: bool) -> float | str:
         def early_stage(*args: Any) -> Any:
@@ -250,7 +250,7 @@ def outputs_without_late_stage_inputs(runner: Runner) -> dict[str, Any]:
                 return str(error)
         return compare(output, expected)
 
-    # Sizes without a graph so far: it is captured in this way, too.
+    # Sizes without a graph so far, so that the capture happens in this way, too.
     return {"own memory": hand_over(3, copied=False), "a copy": hand_over(5, copied=True)}
 
 

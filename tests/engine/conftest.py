@@ -27,13 +27,13 @@ def pool() -> Iterator[EnginePool]:
 
 @pytest.fixture(scope="module")
 def many_small_engines() -> Iterator[None]:
-    """Drops what vLLM does for each engine and what costs more than a tiny model's tokens."""
+    """Drops what vLLM does for each engine where it costs more than a tiny model's tokens."""
     import torch._dynamo
     from vllm.model_executor.models import registry
 
-    # Command R compiles its norm by itself. (pytest's patch would end with the option deleted.)
+    # Command R compiles its norm by itself. (pytest's patch would delete the option at its end.)
     with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(disable=True):
-        # A process for each class that was not seen before.
+        # vLLM starts a process for each class that it has not seen.
         patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
         # Full collections of a heap that holds vLLM, transformers and torch.
         patch.setattr(gc, "collect", lambda *args: 0)

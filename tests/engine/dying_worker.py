@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker extension of a user's own, derived from ours, that kills its worker in a draft."""
+"""A worker extension that kills its worker in the middle of a draft pass."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import os
 import signal
 from typing import Any
 
-from vllm_layerskip.metrics.worker_extension import LayerSkipWorkerExtension
+from counting_worker import CountingWorkerExtension
 
 DIES_IN_PASS = 12
 
 
-class DyingWorkerExtension(LayerSkipWorkerExtension):
+class DyingWorkerExtension(CountingWorkerExtension):
     rank: int
 
     def die_in_draft(self, rank: int) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines for tests: started once per setting, in this process, and asked precisely."""
+"""Engines for tests: one per setting, in this process, with exact counts of their drafts."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
 
+from vllm_layerskip.metrics.step_counts import StepCounts
+
 ON_GPU = torch.cuda.is_available()
 
 ENGINE_DEFAULTS: dict[str, Any] = {
@@ -23,7 +25,7 @@ ENGINE_DEFAULTS: dict[str, Any] = {
     # On a GPU everything that vLLM does by default, with an attention that takes float32.
     "enforce_eager": not ON_GPU,
     **({"attention_backend": "TRITON_ATTN"} if ON_GPU else {}),
-    # The KV cache's size is given; this much must be free, and a pool keeps its engines.
+    # The KV cache's size is given. This share must be free, and a pool keeps several engines.
     **({"gpu_memory_utilization": 0.3} if ON_GPU else {}),
     "max_model_len": 256,
     "max_num_seqs": 4,
@@ -31,7 +33,7 @@ ENGINE_DEFAULTS: dict[str, Any] = {
     "kv_cache_memory_bytes": 16 << 20,
     "disable_log_stats": False,
     "seed": 0,
-    # The default on a GPU; tests that are about it ask for it on a CPU, too.
+    # vLLM's default is True on a GPU; tests about it ask for it on a CPU, too.
     "async_scheduling": None if ON_GPU else False,
 }
 
@@ -48,7 +50,7 @@ class SpecCounts:
     drafts: list[tuple[int, int]] = field(default_factory=list)
     """(drafted, accepted) of each request and step; without drafts that a grammar forbids."""
     request_ids: list[str] = field(default_factory=list)
-    """Whose drafts they were: the caller's id and what vLLM appends to it."""
+    """Whose drafts they were: the caller's id with vLLM's suffix."""
     num_invalid_drafts: int = 0
     """Drafts that a grammar forbids, and that were verified (async scheduling)."""
     num_verify_steps_reused: int = 0
@@ -100,9 +102,9 @@ class SpecCounts:
 def async_scheduling_as_asked() -> Iterator[None]:
     """Let an engine on a CPU have ``async_scheduling=True``, the default on a GPU.
 
-    vLLM's CPU platform turns it off because a CPU gains nothing by it, whatever was asked. All
-    of it runs there nonetheless: the scheduler plans a step before it knows the tokens of the
-    one before. What a CPU cannot show is a step that really overlaps another.
+    vLLM's CPU platform always turns it off, because a CPU gains nothing by it. All of it runs
+    there nonetheless: the scheduler plans a step before it knows the tokens of the one before.
+    What a CPU cannot show is a step that really overlaps another.
     """
     platform = type(current_platform)
     apply = platform.check_and_update_config
@@ -159,7 +161,7 @@ class Engine:
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[SpecCounts]:
-        """Counts of the block; complete when it ends."""
+        """Counts of what the block does; complete when it ends."""
         scheduler = self.scheduler
         counts = SpecCounts(self.vllm_config.num_speculative_tokens)
         observe, preempt = scheduler.make_spec_decoding_stats, scheduler._preempt_request
@@ -184,13 +186,13 @@ class Engine:
         finally:
             del scheduler.make_spec_decoding_stats, scheduler._preempt_request
             after = self.verify_stats()
-            for name, value in after.items():
-                setattr(counts, name, value - before[name])
+            for name, value in after.since(before)._asdict().items():
+                setattr(counts, name, value)
 
-    def verify_stats(self) -> dict[str, int]:
+    def verify_stats(self) -> StepCounts:
         if self.vllm_config.speculative_config is None:
-            return {}
-        return self.llm.collective_rpc("layerskip_stats")[0]
+            return StepCounts()
+        return self.llm.collective_rpc(_step_counts)[0]
 
     def start(
         self,
@@ -230,7 +232,7 @@ class Engine:
 
 
 class RecordedInputs:
-    """Token ids of an engine's forwards and draft passes, while it is entered (no CUDA graphs)."""
+    """Records token ids of an engine's forwards and draft passes in a block (no CUDA graphs)."""
 
     def __init__(self, engine: Engine) -> None:
         self.model = engine.runner.model
@@ -294,3 +296,7 @@ class EnginePool:
         for engine in self._engines.values():
             engine.close()
         self._engines.clear()
+
+
+def _step_counts(worker: Any) -> StepCounts:
+    return worker.model_runner.model_state.step_counts

@@ -39,7 +39,7 @@ class Family:
     config_class: str
     options: Mapping[str, Any] = field(default_factory=dict)
     embedding_std: float = 0.4
-    """Against the layers' share of the residual stream: how many drafts are accepted."""
+    """Its share of the residual stream decides how many drafts are accepted."""
 
 
 MULTIPLIERS = {
@@ -65,7 +65,7 @@ FAMILIES: dict[str, Family] = {
     "Ministral3ForCausalLM": Family("Ministral3Config", {"head_dim": 32, "rope_parameters": YARN}),
     "Qwen2ForCausalLM": Family("Qwen2Config"),
     "Qwen3ForCausalLM": Family("Qwen3Config", {"head_dim": 32, "tie_word_embeddings": True}),
-    # vLLM's class takes Qwen2's weights and config; transformers has none of its own.
+    # transformers has no such class; vLLM's takes Qwen2's weights and config.
     "MiMoForCausalLM": Family("Qwen2Config"),
     "Phi3ForCausalLM": Family("Phi3Config"),
     "Ernie4_5ForCausalLM": Family("Ernie4_5Config", {"head_dim": 32}),
@@ -134,6 +134,6 @@ def random_checkpoint(folder: Path, architecture: str, **options: Any) -> Path:
         one = 1.0 - float(norm[0])  # Some norms add their weight to one.
         norm.copy_(torch.randint(0, 2, norm.shape) * 2.0 - 1.0 - one)
     model.save_pretrained(folder)
-    path = folder / "config.json"  # transformers has saved its own name of the class.
+    path = folder / "config.json"  # transformers has saved its own name for the class.
     path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": [architecture]}))
     return folder

@@ -26,11 +26,13 @@ async def generate(engine: Any, number: int, prompt: list[int], max_tokens: int)
 
 
 async def run(request: dict[str, Any]) -> dict[str, Any]:
+    from counting_worker import EXTENSION
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.metrics.reader import get_metrics_snapshot
 
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**request["engine"]))
+    settings = {"worker_extension_cls": EXTENSION} | request["engine"]
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
     if (rank := request.get("die_in_draft_on_rank")) is not None:
         await engine.collective_rpc("die_in_draft", args=(rank,))
     clients = [
@@ -43,7 +45,7 @@ async def run(request: dict[str, Any]) -> dict[str, Any]:
         for metric in get_metrics_snapshot()
         if metric.name == "vllm:spec_decode_num_accepted_tokens"
     }
-    stats = None if engine.errored else await engine.collective_rpc("layerskip_stats")
+    stats = None if engine.errored else await engine.collective_rpc("step_counts")
     engine.shutdown()
     return {"seen": seen, "accepted_by_engine": drafts, "stats": stats}
 

@@ -9,6 +9,7 @@ import sys
 
 def main() -> None:
     request = json.loads(sys.argv[1])
+    from counting_worker import EXTENSION
     from engines import async_scheduling_as_asked
     from features import sampling_params
     from vllm import LLM, SamplingParams
@@ -20,7 +21,7 @@ def main() -> None:
 
         ray.init(**request["ray"])
     with async_scheduling_as_asked():
-        llm = LLM(**request["engine"])
+        llm = LLM(**{"worker_extension_cls": EXTENSION} | request["engine"])
     greedy = SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True)
     # Named features, one a prompt, or greedy decoding for all of them.
     params = [sampling_params(feature) for feature in request.get("features", ())] or greedy
@@ -28,7 +29,7 @@ def main() -> None:
     outputs = llm.generate(prompts, params, use_tqdm=False)
     result = {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-        "stats": llm.collective_rpc("layerskip_stats"),
+        "stats": llm.collective_rpc("step_counts"),
         "executor": Executor.get_class(llm.llm_engine.vllm_config).__name__,
         "async_scheduling": llm.llm_engine.vllm_config.scheduler_config.async_scheduling,
         "metrics": {

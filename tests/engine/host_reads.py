@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sees where a live engine's calls wait for the device.
 
-On a GPU the driver says so (``torch.cuda.set_sync_debug_mode``). On a CPU a device is pretended:
-what the runner, the speculator and the model keep as device tensors, and whatever is computed
-from those, must not be read by the host. Host tensors (vLLM calls them ``*_cpu*`` and ``*_np``)
-may be. Kernels, and CPU attention with its metadata, count as the device's own work.
+On a GPU the driver says so (``torch.cuda.set_sync_debug_mode``). On a CPU we pretend a device: the
+host must not read what the runner, the speculator and the model keep as device tensors, nor what
+is computed from those. It may read host tensors (vLLM calls them ``*_cpu*`` and ``*_np``).
+Kernels, and CPU attention with its metadata, count as the device's own work.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _WALKED = ("vllm.v1.worker.gpu", "vllm_layerskip")
 
 @dataclass
 class HostReads:
-    """What was seen of one engine."""
+    """What was seen in one engine."""
 
     calls: set[str] = field(default_factory=set)
     """Names of the watched functions that ran."""
@@ -52,7 +52,7 @@ class HostReads:
 def watch(engine: Any) -> Iterator[HostReads]:
     """Watch drafting, verify planning and the forward of an engine for the block.
 
-    Of an engine without a speculator the rest is watched.
+    In an engine without a speculator only the rest is watched.
     """
     runner = engine.runner
     seen = HostReads()
@@ -128,7 +128,7 @@ class _PretendedDevice:
                 self._walk(part)
         elif isinstance(value, torch.nn.Module):
             self._walk([*value.parameters(), *value.buffers()])
-            self._walk(vars(value).get("exit_states"))
+            self._walk(vars(value).get("draft_state"))
         elif type(value).__module__.startswith(_WALKED) and id(value) not in self._walked:
             self._walked.add(id(value))
             self._walk(vars(value))
@@ -182,7 +182,7 @@ def _reads(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 class _Methods(TorchFunctionMode):
-    """What copies to the host, and is no operator where the device is pretended."""
+    """Methods that copy to the host, and that are no operators where the device is pretended."""
 
     def __init__(self, seen: HostReads, device: _PretendedDevice) -> None:
         super().__init__()

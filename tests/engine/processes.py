@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scripts of this folder in processes of their own, and what they found."""
+"""Runs scripts of this folder in processes of their own, and returns what they found."""
 
 from __future__ import annotations
 
@@ -21,15 +21,20 @@ def run_script(
     environment: Mapping[str, str] | None = None,
     launcher: Sequence[str] = (sys.executable,),
 ) -> tuple[list[Any], str]:
-    """Run a script whose processes print ``RESULT`` and JSON; the results, and all output.
+    """Run a script whose processes print ``RESULT`` and JSON; return results and all output.
 
     Args:
-        environment: in addition to this process's, with vLLM's engine in a process of its own.
+        environment: variables besides this process's. vLLM's engine gets a process of its own.
         launcher: command that starts the script, in one process or several.
     """
     process = subprocess.run(
         [*launcher, str(HERE / script), *arguments],
-        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **(environment or {})},
+        env={
+            **os.environ,
+            **python_path(HERE),  # Every process of an engine must find worker extensions.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            **(environment or {}),
+        },
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
@@ -44,6 +49,6 @@ def run_script(
 
 
 def python_path(*folders: Path) -> dict[str, str]:
-    """The environment in which these folders' modules can be imported first."""
+    """Variables with which Python looks for modules in these folders first."""
     inherited = filter(None, [os.environ.get("PYTHONPATH")])
     return {"PYTHONPATH": os.pathsep.join([*map(str, folders), *inherited])}

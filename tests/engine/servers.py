@@ -76,7 +76,7 @@ class Server:
             return answer.read().decode()
 
     def refusal(self, path: str, body: dict[str, Any]) -> tuple[int, str]:
-        """Status and text of a request that must not be served."""
+        """Status and text of a request that the server must refuse."""
         try:
             answer = self.post(path, body)
         except urllib.error.HTTPError as error:
@@ -123,7 +123,7 @@ class Server:
         return json.loads(self.post("/v1/chat/completions", request))
 
     def counter(self, name: str) -> float:
-        """Of vLLM's ``vllm:spec_decode_*``, over all label sets."""
+        """One of vLLM's ``vllm:spec_decode_*`` counters, summed over all label sets."""
         return self.metric(f"vllm:spec_decode_{name}")
 
     def metric(self, name: str) -> float:

@@ -4,9 +4,9 @@
 A graph replays kernels on the addresses of its capture and runs no Python. The tape does the
 same: it records every operator and every Triton launch with its tensors, replays them into
 the tensors of the capture, and then spoils what was allocated during the capture, as another
-graph of the same pool might. What only a live step's Python computes, a pointer that is not
-persistent, a host value that goes stale, a read of a graph's memory behind its end, and a
-wait for the device during capture show up here as wrong tokens or as an error.
+graph of the same pool might. These show up here as wrong tokens or as an error: what only a live
+step's Python computes, a pointer that is not persistent, a host value that goes stale, a read of
+a graph's memory after the graph's end, and a wait for the device during capture.
 
 vLLM's graph managers capture, pad, dispatch and replay as they do on a GPU.
 """
@@ -197,9 +197,9 @@ def capture(runner: Any, capture_sizes: list[int]) -> None:
 
 
 def start_as_on_a_gpu(worker: Any, capture_sizes: list[int]) -> None:
-    """All that vLLM's worker does there between loading and serving, where a CPU's does little.
+    """All that vLLM's worker does on a GPU between loading and serving (on a CPU it does little).
 
-    Graphs are captured in a throw-away KV cache to see what they take, and dropped; the KV cache
+    Graphs are captured in a throw-away KV cache to measure them, and dropped; the KV cache
     is made anew; kernels are warmed up by a few steps; graphs are captured for good.
     """
     runner = worker.model_runner
@@ -223,7 +223,7 @@ def _ask_for_graphs(runner: Any, mode: CUDAGraphMode, capture_sizes: list[int]) 
 
 @contextlib.contextmanager
 def _no_accelerator() -> Iterator[None]:
-    # Only here: vLLM's CPU worker puts its own functions there for good.
+    # For this block only: vLLM's CPU worker replaces these functions for good.
     with (
         mock.patch.object(torch.accelerator, "empty_cache"),
         mock.patch.object(torch.accelerator, "synchronize"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The draft matters and cannot harm (design: equality alone cannot see a dead draft)."""
+"""Drafts matter and do no harm: equal tokens alone would not show drafts that do nothing."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_verification_really_starts_from_the_buffer(pool, checkpoint, prompts):
     expected = pool.get(checkpoint).greedy(prompts[:3], max_tokens=30)
     for reuse in (True, False):
         engine = pool.layerskip(checkpoint, 3, 4, spec={"reuse_exit_states": reuse})
-        states = engine.runner.model_state.exit_states
+        states = engine.runner.model_state.draft_state.exit_states
         store = states.store
 
         def store_nothing(*args, states=states):
@@ -90,7 +90,7 @@ def test_counters_are_consistent(pool, checkpoint, prompts):
     assert counts.num_verify_steps_reused + counts.num_verify_steps_full <= counts.num_drafts
 
 
-# Of the embedded checkpoint with E = 3 on the six prompts, by transformers (training/evaluate.py).
+# The embedded checkpoint's, E = 3, on the six prompts, by transformers (evaluation/scores.py).
 ACCEPTANCE_RATES = (0.48, 0.265, 0.206, 0.152, 0.123)
 
 

@@ -3,10 +3,10 @@
 
 Catches what ``test_compile.py`` cannot, as vLLM's CPU platform never uses that backend: a late
 stage that reads its inputs from a graph's memory or elsewhere at each step, a unit that cannot
-be saved or takes the other one's place in the cache, a draft that a piecewise graph gets in the
-way of, dynamic shapes that break a trace, and a stage that outlives its engine.
+be saved or takes the other one's place in the cache, a piecewise graph that disturbs a draft,
+dynamic shapes that break a trace, and a stage that outlives its engine.
 
-The model runs in processes of its own, as vLLM's platform is changed for good.
+The model runs in processes of its own, because the tests change vLLM's platform for good.
 ``compiled_units.py`` says what stands in for a GPU.
 """
 
@@ -33,9 +33,9 @@ EAGER_SIZES = [64, 8, 2, 1]
 CAPTURE_SIZES = [8, 4, 2, 1]
 NUM_REPLAYS = 3
 TAGS = {"layerskip_early", "layerskip_late"}
-# Of float32, with its largest value as the unit.
+# In float32, relative to the largest value.
 ROUNDING = 1e-5
-# A unit of two layers: what comes before, between and behind its two attentions.
+# A unit of two layers: what comes before, between and after its two attentions.
 NUM_PIECES = 3
 
 
@@ -126,11 +126,11 @@ def test_piecewise_graphs_replay_what_is_computed_without_them(starts):
 
 
 def test_the_late_stage_needs_inputs_of_its_own(starts):
-    """Without this a stand-in that notices nothing would pass for graphs that do no harm."""
+    """Negative control: the stand-in notices a late stage without inputs of its own."""
     for facts in starts.both:
         # The early stage's last graph lends its outputs, until the late stage's first one runs.
         assert math.isnan(facts["bypassed"]["own memory"])
-        # What is gathered from exit states is elsewhere in each step.
+        # States gathered from the exit states lie elsewhere in each step.
         assert facts["bypassed"]["a copy"] == "inputs are not where they were at capture"
 
 
@@ -171,14 +171,14 @@ def test_an_engine_is_let_go_with_its_stages(starts):
     """A hook into Dynamo holds each unit: with it the model, its weights and its graphs."""
     for facts in starts.both:
         before = facts["hooks before"]
-        assert facts["hooks"] == before + 3  # The backbone, which is never run, has one.
-        # What vLLM finds in the module tree is not enough.
+        assert facts["hooks"] == before + 3  # One is the backbone's, which is never run.
+        # vLLM must find more than the module tree has.
         assert facts["let go"]["without stages"] == {"hooks": before + 2, "freed": False}
         assert facts["let go"]["with stages"] == {"hooks": before, "freed": True}
 
 
 def test_dynamic_shapes_may_be_unbacked(random_checkpoint, tmp_path):
-    """Arguments whose number of tokens has no common name cannot be traced then."""
+    """Unbacked, arguments can be traced only if their number of tokens has one common name."""
     facts = start(
         random_checkpoint,
         tmp_path,

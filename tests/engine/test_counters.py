@@ -47,7 +47,7 @@ def test_counts_add_up_to_the_tokens(pool, checkpoint, prompts, async_scheduling
 
 
 def test_prometheus_counters_are_the_schedulers(pool, checkpoint, prompts):
-    # Counters belong to the process and the newest engine: settings that no other test has.
+    # Counters are those of the process's newest engine: no other test has these settings.
     engine = pool.layerskip(checkpoint, 3, NUM_SPECULATIVE_TOKENS, max_num_seqs=3)
 
     def read():
@@ -76,7 +76,7 @@ def test_prometheus_counters_are_the_schedulers(pool, checkpoint, prompts):
 
 @pytest.fixture(scope="module")
 def frequent_eos(pool, checkpoint, prompts, tokenizer, tmp_path_factory):
-    """The checkpoint with another end-of-sequence token: one that its answers are full of."""
+    """The checkpoint with another end-of-sequence token: one that is frequent in its answers."""
     answers = pool.get(checkpoint).greedy(prompts, max_tokens=60)
     tokens = collections.Counter(token for answer in answers for token in set(answer[4:]))
     folder = tmp_path_factory.mktemp("eos") / "model"
@@ -89,7 +89,7 @@ def frequent_eos(pool, checkpoint, prompts, tokenizer, tmp_path_factory):
 
 @pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
 def test_eos_inside_of_accepted_drafts(pool, frequent_eos, prompts, async_scheduling):
-    # Many requests, so that some accept drafts behind EOS.
+    # Many requests, so that some accept drafts after EOS.
     batch = [prompt[: len(prompt) - cut] for prompt in prompts for cut in range(4)]
     params = SamplingParams(temperature=0, max_tokens=60)
     expected = generate(pool.get(frequent_eos), batch, params)
@@ -111,6 +111,6 @@ def test_eos_inside_of_accepted_drafts(pool, frequent_eos, prompts, async_schedu
     assert len(ended) > 5
     behind = [num_tokens_behind_the_end(output, counts) for output in ended]
     assert max(behind) > 0, "no EOS lay inside of accepted drafts"
-    # vLLM counts what verification accepted, also behind a request's end: at most K a request.
+    # vLLM counts what verification accepted, also after a request's end: at most K a request.
     assert min(behind) >= 0
     assert max(behind) <= NUM_SPECULATIVE_TOKENS

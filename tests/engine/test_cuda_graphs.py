@@ -144,23 +144,23 @@ def test_a_prompt_that_ends_in_one_new_token_has_its_exit_states_computed_first(
         for _ in range(3):
             one.step()
         replayed = engine.num_replays["verify"]
-        full = engine.verify_stats()["num_verify_steps_full"]
+        full = engine.verify_stats().num_verify_steps_full
         one.start("cached", prompt, 10)
         with monkeypatch.context() as patch:
             patch.setattr(model, "run_early_stage", counted)
             one.step()
         if one is engine:
             assert eager_steps == [(12, 12)], "three rows of four tokens"
-            # Otherwise nothing was at stake in this step.
+            # Otherwise this step would test nothing.
             assert engine.num_replays["verify"] == replayed + 1
-            assert engine.verify_stats()["num_verify_steps_full"] == full + 1
+            assert engine.verify_stats().num_verify_steps_full == full + 1
         tokens[one] = one.run_to_end()
     assert tokens[engine] == tokens[plain]
 
 
 def test_tokens_change_when_the_states_a_graph_reads_are_spoiled(engine, plain, prompts):
-    """Without this a graph that ignores exit states would pass for one that reuses them."""
-    states = engine.runner.model_state.exit_states.states
+    """Negative control: with a graph that ignores exit states no token would change."""
+    states = engine.runner.model_state.draft_state.exit_states.states
     expected = plain.greedy(prompts[:2], 24)
     engine.start("0", prompts[0], 24)
     engine.start("1", prompts[1], 24)
@@ -188,7 +188,7 @@ def test_a_schedule_has_a_graph_per_number_of_drafts_and_none_for_no_drafts(
     schedule = [[1, 1, 3], [2, 2, 2], [3, 4, 0]]
     engine = graphs(checkpoint, num_speculative_tokens_per_batch_size=schedule)
     verify = engine.runner.cudagraph_manager.graphs
-    # Of the sizes of each number of drafts, those that the schedule gives it, and one request.
+    # For each number of drafts, the sizes that the schedule gives it, and one request.
     assert {(desc.num_reqs, desc.uniform_token_count) for desc in verify} == {
         *((1, 4), (1, 3), (1, 1)),
         *((2, 3), (4, 1)),
@@ -233,7 +233,7 @@ def test_seeded_samples_are_those_of_an_engine_without_graphs(
 
 
 def test_a_full_batch_drafts_from_a_graph_of_its_own(graphs, plain, checkpoint, prompts):
-    """vLLM's sizes have a full batch's verification, and of three requests' drafts only two."""
+    """vLLM's sizes cover a full batch's verification, but only two of three requests' drafts."""
     engine = graphs(checkpoint, engine_settings={"max_num_seqs": 3})
     drafts = engine.runner.speculator.draft_graphs.graphs
     assert {desc.num_reqs for desc in drafts} == {1, 2, 3}
@@ -246,12 +246,12 @@ def test_a_full_batch_drafts_from_a_graph_of_its_own(graphs, plain, checkpoint, 
 
 @pytest.mark.skipif(ON_GPU, reason="on a GPU every engine starts so")
 def test_an_engine_that_starts_as_on_a_gpu(plain, graphs, checkpoint, prompts):
-    """Graphs that outlive the throw-away KV cache, or read it, would be wrong tokens; vLLM's
-    warm-up steps are nobody's, so they are not counted."""
+    """Graphs that outlive the throw-away KV cache, or read it, would give wrong tokens. vLLM's
+    warm-up steps serve no request, so they are not counted."""
     engine = graphs(
         checkpoint, start=stand_in_start, engine_settings={"max_num_batched_tokens": 128}
     )
-    assert set(engine.verify_stats().values()) == {0}
+    assert set(engine.verify_stats()) == {0}
     expected = plain.greedy(prompts[:3], 24)
     with engine.counting() as counts:
         assert engine.greedy(prompts[:3], 24) == expected

@@ -22,7 +22,7 @@ TWO_PLACES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
 def run(script: str, engine: dict, environment: dict[str, str], **request) -> dict:
-    """Run a script of this folder on a request; what it printed as its result."""
+    """Run a script of this folder on a request and return the result that it printed."""
     return run_with([sys.executable], script, engine, environment, **request)[0]
 
 
@@ -34,7 +34,7 @@ def run_with(
     results, _ = run_script(
         script,
         json.dumps(request),
-        environment={**python_path(HERE), **environment},
+        environment=environment,
         launcher=launcher,
     )
     return results
@@ -95,7 +95,7 @@ def test_a_dummy_batch_between_two_steps_changes_nothing(pool, checkpoint, promp
     draft and its verification."""
     expected = pool.get(checkpoint).greedy(prompts[:2], max_tokens=40)
     engine = pool.layerskip(checkpoint, 3, 4)
-    exit_states = engine.runner.speculator.exit_states
+    exit_states = engine.runner.speculator.draft_state.exit_states
     with engine.counting() as counts:
         engine.start("0", prompts[0], 40)
         engine.start("1", prompts[1], 40)

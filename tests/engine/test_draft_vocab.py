@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drafts from a draft vocabulary: of its tokens alone, and no token changes.
+"""Drafts come from the draft vocabulary alone, and output tokens do not change.
 
 Catches ids that are not mapped back, a draft distribution that is not the one that was
-sampled from, and rows of the LM head that are left behind by new weights.
+sampled from, and rows of the LM head that stay old when new weights arrive.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def vocabs(expected, tmp_path_factory):
 
 @contextlib.contextmanager
 def drafted(engine):
-    """The tokens that rows which may draft were given."""
+    """The tokens drafted in rows that may draft."""
     speculator = engine.runner.speculator
     sample_draft, tokens = speculator.sample_draft, []
 
@@ -174,7 +174,7 @@ def test_the_memory_is_as_large_as_stated(pool, checkpoint, vocabs):
 
 
 def test_new_weights_reach_the_draft_head(pool, tmp_path):
-    """vLLM's reload_weights. Later layers add nothing: every draft is right, or rows are old."""
+    """vLLM's reload_weights. Later layers add nothing, so only old rows make a draft wrong."""
     models = [random_llama(tmp_path / str(seed), identity_from=2, seed=seed) for seed in (0, 1)]
     (tmp_path / "ids").write_text(json.dumps(list(range(VOCAB_SIZE_OF_RANDOM))))
     engine = pool.layerskip(models[0], 2, 3, spec={"draft_vocab": str(tmp_path / "ids")})

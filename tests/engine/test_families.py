@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each supported architecture on a tiny random checkpoint: plain decoding's tokens.
 
-Catches a family whose embeddings, residual stream or last norm are not what vLLM's own loop
-makes of them, a head that drafts differ from, and a stage that loses a layer.
+Catches a family whose embeddings, residual stream or last norm differ from vLLM's own loop, a
+draft head that differs from the model's head, and a stage that loses a layer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def engines():
     pool.close()
 
 
-# Their classes are in the default run under another name.
+# The default run has their classes under another name.
 SLOW = ("LLaMAForCausalLM", "Ministral3ForCausalLM", "CohereForCausalLM")
 
 
@@ -40,7 +40,7 @@ def test_greedy_equals_plain_decoding(engines, tmp_path, architecture):
     expected = engines.get(model).greedy(PROMPTS, max_tokens=20)
     engine = engines.layerskip(model, 2, 3)
     for reuse in (True, False):
-        # Read at each step; a graph, of which there is none on a CPU, would hold it.
+        # Read at each step. (A graph would freeze it; on a CPU there is none.)
         engine.vllm_config.speculative_config.reuse_exit_states = reuse
         engine.reset_prefix_cache()
         with engine.counting() as counts:

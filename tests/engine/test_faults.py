@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that are broken end the start with an error that says what is wrong.
+"""A broken checkpoint ends the start with an error that says what is wrong.
 
 Damaged weight files, and blocks of a wrong type: ``unit/config/test_weight_files`` and
 ``unit/config/test_options``. A worker that dies: ``engine/test_deployment``.

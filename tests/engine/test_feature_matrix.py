@@ -82,7 +82,7 @@ def plain(pool, checkpoint, prompts_of_the_matrix):
 
 @pytest.fixture(scope="module")
 def plain_without(pool, checkpoint, prompts_of_the_matrix):
-    """What each request's prompt gives with no parameter set."""
+    """Tokens of each request's prompt with no parameter set."""
     tokens = pool.get(checkpoint, **SETTINGS).generate(
         [prompts_of_the_matrix[index % 3] for index in range(len(FEATURES))],
         SamplingParams(temperature=0, max_tokens=MAX_TOKENS),

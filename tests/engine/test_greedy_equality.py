@@ -51,7 +51,7 @@ def test_batch_of_one_reuses_in_every_verify_step(
 
 
 def test_rejections_on_random_weights(pool, random_checkpoint):
-    """Nearly every draft is rejected: its K/V must not be seen by anyone."""
+    """Nearly every draft is rejected: nothing may read its K/V."""
     prompts = [[0, *range(3, 3 + length)] for length in (1, 9, 31, 32)]
     expected = pool.get(random_checkpoint).greedy(prompts, max_tokens=150)
     engine = pool.layerskip(random_checkpoint, 1, 4)

@@ -113,7 +113,7 @@ def start(pool, checkpoint, **settings):
 def test_every_write_has_a_place_of_its_own(pool, checkpoint, prompts, settings):
     engine = start(pool, checkpoint, **settings)
     assert engine.vllm_config.num_lookahead_tokens >= NUM_SPECULATIVE_TOKENS
-    # Prompts that end at, before and behind the end of a block.
+    # Prompts that end at, before and after the end of a block.
     batch = [prompts[2][:length] for length in (27, 31, 32, 33, 62, 64, 90)]
     with checked_writes(engine) as writes, engine.counting() as counts:
         tokens = engine.greedy(batch, max_tokens=70)
@@ -128,7 +128,7 @@ def test_every_write_has_a_place_of_its_own(pool, checkpoint, prompts, settings)
 
 
 def test_a_missing_lookahead_is_seen(pool, checkpoint, prompts):
-    """Power: without the K reserved slots drafts do write to blocks that are not theirs."""
+    """Negative control: without the K reserved slots drafts do write to other blocks."""
     engine = start(pool, checkpoint)
     with (
         mock.patch.object(engine.scheduler, "num_lookahead_tokens", 0),

@@ -38,7 +38,7 @@ def make_adapters(checkpoint: Path, folder: Path, modules: dict, gain: float) ->
 
 @pytest.fixture(scope="module")
 def adapters(checkpoint, tmp_path_factory):
-    """One of the layers alone, one of embedding and LM head as well."""
+    """One adapts the layers alone, one embedding and LM head as well."""
     modules = {"layers": LAYER_MODULES, "all": ALL_MODULES}
     return make_adapters(checkpoint, tmp_path_factory.mktemp("adapters"), modules, gain=0.05)
 
@@ -83,7 +83,7 @@ def test_adapters_and_base_mixed_in_one_batch(pool, checkpoint, prompts, adapter
 @pytest.mark.skipif(ON_GPU, reason="tokens of bfloat16 depend on batch shapes")
 @pytest.mark.parametrize("architecture", ["Qwen3ForCausalLM", "Gemma2ForCausalLM"])
 def test_adapters_of_other_families(pool, tmp_path, architecture):
-    """Gemma 2 takes its embedding for an LM head."""
+    """Gemma 2 uses its embedding as LM head."""
     checkpoint = random_checkpoint(tmp_path / "model", architecture)
     modules = {"one": LAYER_MODULES, "two": LAYER_MODULES}
     adapters = make_adapters(checkpoint, tmp_path, modules, gain=0.1)

@@ -48,7 +48,7 @@ def test_every_residue(pool, request, prompts, num_speculative_tokens, model_nam
 
 
 def test_drafts_end_with_a_length_that_was_fitted_to_memory(pool, random_checkpoint):
-    """Block tables are as long as the fitted length; a draft behind it would read the next row."""
+    """Block tables are as long as the fitted length; a draft past it would read the next row."""
     settings = {"max_model_len": -1, "kv_cache_memory_bytes": 1 << 20}
     engine = pool.layerskip(random_checkpoint, 2, 5, **settings)
     fitted = engine.vllm_config.model_config.max_model_len

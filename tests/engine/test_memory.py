@@ -28,7 +28,7 @@ def test_weights_and_kv_cache_are_plain_vllms(pool, checkpoint, prompts):
 @pytest.mark.parametrize("num_speculative_tokens", [1, 5])
 def test_exit_state_buffer_is_as_large_as_stated(pool, checkpoint, num_speculative_tokens):
     engine = pool.layerskip(checkpoint, 3, num_speculative_tokens)
-    states = engine.runner.model_state.exit_states
+    states = engine.runner.model_state.draft_state.exit_states
     hidden_size, max_num_seqs, bytes_each = 160, 4, 4
     assert states.num_bytes == max_num_seqs * num_speculative_tokens * 2 * hidden_size * bytes_each
 
@@ -51,7 +51,7 @@ def test_one_line_at_start_says_what_runs(pool, checkpoint, caplog):
         "exit_layer 3",
         "6 speculative tokens",
         "reuse off",
-        f"{engine.runner.model_state.exit_states.num_bytes} bytes",
+        f"{engine.runner.model_state.draft_state.exit_states.num_bytes} bytes",
     ):
         assert part in line
 

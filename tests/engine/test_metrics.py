@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from counting_worker import EXTENSION
+from processes import HERE
 from prometheus_client.parser import text_string_to_metric_families
 from servers import MODEL_NAME, Server
 from vllm import SamplingParams
@@ -46,7 +49,7 @@ def test_get_metrics_gives_what_was_counted(
         K,
         spec={"num_speculative_tokens_per_batch_size": SCHEDULE},
         async_scheduling=async_scheduling,
-        # An engine of this test's own: the process's series are the newest engine's.
+        # The process's series are the newest engine's, so this test starts its own.
         served_model_name=tmp_path_factory.mktemp("metrics").name,
     )
     params = [
@@ -83,7 +86,7 @@ def test_an_engine_without_statistics_counts_in_its_workers_alone(pool, checkpoi
     expected = pool.get(checkpoint).greedy(prompts[:2], max_tokens=20)
     before = engine.verify_stats()
     assert engine.greedy(prompts[:2], max_tokens=20) == expected
-    assert engine.verify_stats()["num_verify_steps_reused"] > before["num_verify_steps_reused"]
+    assert engine.verify_stats().num_verify_steps_reused > before.num_verify_steps_reused
     assert engine.llm.llm_engine.logger_manager is None
 
 
@@ -155,8 +158,10 @@ SERVERS = {
 def server(checkpoint: Path, tmp_path_factory, request) -> Iterator[Server]:
     flags = ["--speculative-model", "[self]", "--exit-layer", "3"]
     flags += ["--num-speculative-tokens", str(K), "--per-request-spec-decode-metrics", "detailed"]
+    flags += ["--worker-extension-cls", EXTENSION]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_SERVER_DEV_MODE", "1")  # For /collective_rpc.
+        patch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
         if request.param == "two-ranks":
             patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
         server = Server(
@@ -185,7 +190,7 @@ def test_a_servers_metrics_are_the_workers_counts(server, prompts):
         )
         told = answer["metrics"]["speculative_decoding"]
         steps += zip(told["per_step_drafted"], told["per_step_accepted"], strict=True)
-    workers = json.loads(server.post("/collective_rpc", {"method": "layerskip_stats"}))["results"]
+    workers = json.loads(server.post("/collective_rpc", {"method": "step_counts"}))["results"]
     assert all(stats == workers[0] for stats in workers)
     assert workers[0]["num_verify_steps_reused"] > 0
 

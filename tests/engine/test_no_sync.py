@@ -59,7 +59,7 @@ def test_no_step_waits_for_the_device(pool, random_checkpoint, reuse):
     engine = pool.get(random_checkpoint, **SETTINGS)
     with watch(engine) as plain:
         engine.greedy(PROMPTS, 20)
-    # What plain decoding waits for is vLLM's own.
+    # Waits that plain decoding has as well are vLLM's own.
     added = {place: seen.reads[place] for place in seen.reads.keys() - plain.reads.keys()}
     assert added == {}
     if not ON_GPU:
@@ -90,9 +90,9 @@ READS: dict[str, Callable[[torch.Tensor], object]] = {
 @pytest.mark.skipif(ON_GPU, reason="captured graphs call no Python")
 @pytest.mark.parametrize("read", READS)
 def test_a_read_in_a_draft_pass_is_seen(pool, random_checkpoint, read):
-    """Power: each way to wait, put where exit states are stored."""
+    """Negative control: each way to wait is seen, put where exit states are stored."""
     engine = start(pool, random_checkpoint)
-    states = engine.runner.model_state.exit_states
+    states = engine.runner.model_state.draft_state.exit_states
     store = states.store
 
     def store_and_read(step, idx_mapping, *args, **kwargs):

@@ -35,7 +35,7 @@ def test_abort_frees_a_slot_for_a_new_request(pool, checkpoint, prompts):
             engine.step()
         slots = dict(engine.runner.req_states.req_id_to_index)
         (slot,) = [index for name, index in slots.items() if name.startswith("aborted")]
-        assert engine.runner.model_state.exit_states.num_valid_np[slot] == 4
+        assert engine.runner.model_state.draft_state.exit_states.num_valid_np[slot] == 4
         engine.abort("aborted")
         engine.start("newcomer", prompts[4], max_tokens=30)
         tokens = engine.run_to_end()
@@ -70,7 +70,7 @@ def test_preemption_between_drafting_and_verification(pool, checkpoint, prompts,
             if not engine.llm.llm_engine.has_unfinished_requests():
                 break
             if step % 3 == 2:
-                exit_states = engine.runner.model_state.exit_states
+                exit_states = engine.runner.model_state.draft_state.exit_states
                 assert exit_states.num_valid_np.max() == 4, "no drafts are pending"
                 engine.scheduler.reset_prefix_cache(reset_running_requests=True)
     assert [tokens[name] for name in "abcd"] == expected

@@ -50,7 +50,7 @@ TWO_RANKS = (
         pytest.param(
             *TWO_RANKS,
             {"draft_vocab": "FILE", "draft_sample_method": "probabilistic"},
-            marks=pytest.mark.slow,  # By default: unit/worker/test_draft_head.py.
+            marks=pytest.mark.slow,  # The default run has unit/worker/test_draft_head.py.
         ),
     ],
     ids=[

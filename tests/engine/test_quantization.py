@@ -3,7 +3,7 @@
 
 Catches a draft or a verify step with other weights, other scales or a KV cache of another
 type. Rounding of activations depends on batch shapes, so tokens are compared up to near ties:
-where LayerSkip's token first differs, plain decoding must have ranked it level.
+where LayerSkip's token first differs, plain decoding must have scored both alike.
 
 The same tests run on a GPU with vLLM's defaults: ``python -m pytest -m gpu tests/engine``.
 """
@@ -279,7 +279,7 @@ def test_tokens_are_plain_decodings(pool, checkpoint_of, name):
 
 @pytest.mark.parametrize("name", cases())
 def test_drafts_of_late_layers_that_add_nothing_are_accepted(pool, checkpoint_of, name):
-    """Drafts and verification then compute the same, if their weights and scales are."""
+    """Drafts and verification then compute the same, if weights and scales are the same."""
     scheme = SCHEMES[name]
     model, settings = checkpoint_of(scheme, late_gain=0.0), settings_of(scheme)
     engine = pool.layerskip(model, EXIT_LAYER, NUM_DRAFTS, **settings)
@@ -294,7 +294,7 @@ def test_drafts_of_late_layers_that_add_nothing_are_accepted(pool, checkpoint_of
 
 @pytest.mark.parametrize("name", [case for case in cases() if case.values == ("int4",)])
 def test_other_weights_are_told_apart(pool, checkpoint_of, name):
-    """The comparison has power: four bits are no near tie of the weights themselves."""
+    """Negative control: four-bit weights differ from the weights themselves by more than ties."""
     scheme, original = SCHEMES[name], Scheme(cpu_dtype="bfloat16")
     plain = pool.get(checkpoint_of(scheme, late_gain=0.3), **settings_of(scheme))
     other = pool.get(checkpoint_of(original, late_gain=0.3), **settings_of(original))

@@ -67,13 +67,13 @@ def test_reloading_other_weights_gives_a_fresh_engines_tokens(pool, tmp_path):
     reload_weights(engine, weights_path=str(second))
     with engine.counting() as counts:
         assert engine.greedy(PROMPTS, MAX_TOKENS) == expected[1]
-    # Late layers of the second add nothing: any old weight in a draft would be rejected.
+    # The second's late layers add nothing: a draft from any old weight would be rejected.
     counts.assert_speculated()
     assert counts.num_accepted_tokens == counts.num_draft_tokens
 
 
 def test_weights_that_change_under_running_requests(pool, tmp_path):
-    """The step behind it must not start from the other weights' exit states."""
+    """The step after the change must not start from the other weights' exit states."""
     first, second = (random_llama(tmp_path / str(seed), seed=seed) for seed in (0, 1))
     tokens = {}
     for reuse in (True, False):
@@ -82,20 +82,20 @@ def test_weights_that_change_under_running_requests(pool, tmp_path):
         engine.start("request", PROMPTS[1], MAX_TOKENS)
         for _ in range(3):
             engine.step()
-        full = engine.verify_stats()["num_verify_steps_full"]
+        full = engine.verify_stats().num_verify_steps_full
         engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(second)})
         engine.step()
-        assert engine.verify_stats()["num_verify_steps_full"] == full + 1
+        assert engine.verify_stats().num_verify_steps_full == full + 1
         tokens[reuse] = engine.run_to_end()
     assert tokens[True] == tokens[False]
 
 
 @torch.no_grad()
 def discard(runner):
-    """What sleep level 2 does: all that lies in the pools of weights and KV cache is lost.
+    """Do what sleep level 2 does: lose all that lies in the pools of weights and KV cache.
 
-    vLLM makes those pools while it loads the model and its KV cache; buffers of the model are
-    saved by vLLM itself.
+    vLLM makes those pools while it loads the model and its KV cache. It saves the model's
+    buffers itself.
     """
     lost = [*runner.model.parameters(), *runner.kv_caches]
     state = runner.model_state
@@ -117,8 +117,8 @@ def test_discarded_memory_is_made_anew(pool, checkpoint, prompts, draft_vocab, s
     engine = pool.layerskip(checkpoint, 3, 4, spec={"draft_vocab": draft_vocab, **sampling})
     before = speculate(engine, prompts[:3])
     engine.reset_prefix_cache()
-    # vLLM brings buffers of a model back by itself: ids out of range would be read at once if
-    # weights then came without ``load_weights``.
+    # vLLM restores a model's buffers by itself. The ids must be one: if weights then came without
+    # ``load_weights``, lost ids would be out of range in the next draft.
     buffers = {buffer.data_ptr() for buffer in engine.runner.model.buffers()}
     assert engine.runner.speculator.draft_head.token_ids.data_ptr() in buffers
     discard(engine.runner)

@@ -94,7 +94,7 @@ def check_distribution(pool, model, spec, num_samples):
     assert counts.num_verify_steps_reused > 0
     assert_drawn_from(samples, exact_distribution(model, temperature))
     with pytest.raises(AssertionError):
-        # The test has power: the same model at another temperature is told apart.
+        # Negative control: the same model at another temperature is told apart.
         assert_drawn_from(samples, exact_distribution(model, 0.5))
 
 
@@ -108,7 +108,7 @@ def test_distribution_is_the_targets(pool, sampling_model, method):
 @pytest.mark.parametrize("method", SPECS)
 def test_distribution_is_the_targets_with_many_samples(pool, sampling_model, tmp_path, method):
     spec = dict(SPECS[method])
-    if "draft_vocab" in spec:  # Its exactness by default: unit/worker/test_draft_vocab_sampling.py.
+    if "draft_vocab" in spec:  # By default: unit/worker/test_draft_vocab_sampling.py.
         (tmp_path / "ids").write_text("1\n3\n4\n")
         spec["draft_vocab"] = str(tmp_path / "ids")
     check_distribution(pool, sampling_model, spec, 10 * NUM_SAMPLES)

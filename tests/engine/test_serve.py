@@ -40,7 +40,7 @@ def plain(pool, checkpoint):
 
 @pytest.fixture
 def speculates(server):
-    """What a test asks of the server is drafted, and drafts are accepted."""
+    """The server drafts for the test's requests, and drafts are accepted."""
     before = server.counter("num_accepted_tokens_total")
     yield
     assert server.counter("num_accepted_tokens_total") > before
@@ -343,7 +343,7 @@ def test_bad_flags_end_the_start_before_weights_are_loaded(checkpoint, tmp_path)
     ids=["short", "json"],
 )
 def test_the_other_spellings(checkpoint, plain, prompts, tmp_path, flags):
-    """By default: unit/config/test_cli_args.py, the same engine config from all three."""
+    """The default run has unit/config/test_cli_args.py: all three give one engine config."""
     server = Server(checkpoint, flags, tmp_path / "log")
     try:
         choice = server.complete(prompts[0], max_tokens=40)["choices"][0]

@@ -161,7 +161,7 @@ def cached_tokens(engine, prompts, max_tokens):
 def test_prefix_cache(pool, checkpoint_of, name):
     """Hits equal plain vLLM's, also on blocks that were filled while drafting."""
     model, exit_layer = checkpoint_of(name)
-    # By default vLLM keeps no block of a window but a prompt's last ones.
+    # By default vLLM keeps only a prompt's last blocks of a window.
     settings = {"block_size": BLOCK_SIZE, "prefix_cache_retention_interval": BLOCK_SIZE}
     plain = pool.get(model, **settings)
     plain.reset_prefix_cache()

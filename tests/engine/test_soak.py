@@ -176,7 +176,7 @@ def assert_nothing_left(engine: Engine) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Random weights whose first half foresees about half of the tokens."""
+    """Random weights; the first half of the layers predicts about half of the tokens."""
     return random_llama(
         tmp_path_factory.mktemp("soak") / "model", late_from=2, late_gain=0.35, seed=3
     )
@@ -210,7 +210,7 @@ def test_random_requests_get_plain_vllms_tokens(pool, model, num_requests, seed)
         assert all(0 <= token < VOCAB_SIZE for token in tokens)
     assert_nothing_left(engine)
 
-    # The mixture was one: each kind of thing that may go wrong did happen.
+    # Each kind of event that may go wrong did happen.
     assert result.num_aborted >= num_requests // 50
     assert counts.num_preemptions >= num_requests // 50
     counts.assert_speculated()

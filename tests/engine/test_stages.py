@@ -25,10 +25,10 @@ def test_exit_states_of_drafts_equal_the_reference(pool, checkpoint, prompts, ex
     engine.reset_prefix_cache()
     prompt = prompts[0]
     engine.start("request", prompt, max_tokens=40)
-    tokens = engine.step()["request"]  # Prefill: one sampled token, then K drafts behind it.
+    tokens = engine.step()["request"]  # Prefill: one sampled token, then K drafts after it.
     slot = next(iter(engine.runner.req_states.req_id_to_index.values()))
     drafts = engine.runner.req_states.draft_tokens[slot].tolist()
-    hidden_states, residual = engine.runner.model_state.exit_states.states[:, slot]
+    hidden_states, residual = engine.runner.model_state.draft_state.exit_states.states[:, slot]
     with record_exit_states(model := load_reference(checkpoint)) as states, torch.inference_mode():
         model(torch.tensor([prompt + tokens + drafts[:-1]]))
     expected = states[exit_layer - 1][0, -num_speculative_tokens:]
@@ -77,7 +77,7 @@ def test_kv_cache_of_committed_tokens_equals_plain_decoding(
 ):
     """All layers, all committed positions, after many accepted and rejected drafts.
 
-    With a scrambled exit head nearly every step wrote K/V of four drafts in vain.
+    With a scrambled exit head nearly every step writes K/V of four drafts that are rejected.
     """
     model = request.getfixturevalue(model_name)
     prompt = prompts[0] if model_name == "checkpoint" else [0, *range(3, 40)]

@@ -3,8 +3,8 @@
 
 Without async scheduling vLLM cuts a request's drafts at the first forbidden one, so rows verify
 different numbers of drafts; with it they are verified and never accepted. Catches exit states
-or K/V of such drafts in use, and the -1 that stands for one as an embedding's index (docs/tests.md,
-T10, T11).
+or K/V of such drafts in use, and an embedding that reads the -1 that stands for such a draft
+(docs/tests.md, T10, T11).
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def test_every_output_fits_and_is_plain_vllms(pool, checkpoint, prompts, backend
         accepted[name] = counts.num_accepted_tokens
         num_forbidden += 5 * counts.num_drafts - counts.num_draft_tokens
     assert num_forbidden > 0, "no draft was forbidden: nothing was tested"
-    # Of some grammars the backend allows no token that the checkpoint would draft.
+    # For some grammars the backend allows no token that the checkpoint would draft.
     assert sum(accepted.values()) > 20, f"accepted drafts: {accepted}"
 
 

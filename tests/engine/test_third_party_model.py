@@ -15,7 +15,7 @@ import pytest
 from checkpoints import with_config
 from engines import ENGINE_DEFAULTS
 from families import random_checkpoint
-from processes import python_path, run_script
+from processes import HERE, python_path, run_script
 
 RECIPE = Path(__file__).parents[2] / "docs" / "adding-an-architecture.md"
 PROMPTS = [[0, *range(3, 3 + length)] for length in (4, 21, 40)]
@@ -58,7 +58,7 @@ def generate(site: Path, model: Path, speculative_config: dict | None) -> dict:
         "max_tokens": MAX_TOKENS,
     }
     (result,), _ = run_script(
-        "generate_in_process.py", json.dumps(request), environment=python_path(site)
+        "generate_in_process.py", json.dumps(request), environment=python_path(HERE, site)
     )
     return result
 

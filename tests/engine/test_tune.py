@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tuning on real engines: what a cell's row says, and the command from prompts to `auto`."""
+"""Tuning on real engines: one cell's measurement, and the command from prompts to `auto`."""
 
 from __future__ import annotations
 

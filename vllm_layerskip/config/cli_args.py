@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from vllm_layerskip.config.early_exit import FLAG as EARLY_EXIT_FLAG
 from vllm_layerskip.config.early_exit import KEY as EARLY_EXIT_KEY
-from vllm_layerskip.config.options import METHOD, SELF, parse_exit_layer
+from vllm_layerskip.config.options import AUTO
+from vllm_layerskip.config.request import METHOD, OWN_KEYS, SELF, with_option
 
 
 def wrap_add_cli_args(original: Callable) -> Callable:
@@ -23,15 +24,34 @@ def wrap_add_cli_args(original: Callable) -> Callable:
 
 def add_layerskip_args(parser: argparse.ArgumentParser) -> None:
     """Add our flags, and the long names of vLLM's ``--spec-model`` and ``--spec-tokens``."""
-    known = dict(parser._option_string_actions)
     group = parser.add_argument_group(
         title="LayerSkip",
         description="Self-speculative decoding with the model's own first layers "
         f"(--spec-model '{SELF}').",
     )
+    _add_own_flags(group)
+    group.add_argument(
+        "--speculative-model",
+        dest="spec_model",
+        default=None,
+        help=f"The same as --spec-model; '{SELF}' asks for LayerSkip.",
+    )
+    group.add_argument(
+        "--num-speculative-tokens",
+        dest="spec_tokens",
+        type=int,
+        default=None,
+        help="The same as --spec-tokens.",
+    )
+    for action in parser._actions:
+        if action.dest == "spec_method" and action.choices is not None:
+            action.choices = [*action.choices, METHOD]
+
+
+def _add_own_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--exit-layer",
-        type=_exit_layer,
+        type=exit_layer_argument,
         default=None,
         help="Number of layers that draft, from 1 to the model's layers - 1, or 'auto' "
         "(the default) to read it from the checkpoint's config.json.",
@@ -58,65 +78,39 @@ def add_layerskip_args(parser: argparse.ArgumentParser) -> None:
         help="Serve the model cut after its first E layers, without verification: faster, and "
         "lossy. Excludes speculation.",
     )
-    group.add_argument(
-        "--speculative-model",
-        dest="spec_model",
-        default=None,
-        help=f"The same as --spec-model; '{SELF}' asks for LayerSkip.",
-    )
-    group.add_argument(
-        "--num-speculative-tokens",
-        dest="spec_tokens",
-        type=int,
-        default=None,
-        help="The same as --spec-tokens.",
-    )
-    for action in parser._actions:
-        if action.dest == "spec_method" and action.choices is not None:
-            action.choices = [*action.choices, METHOD]
-    for flag in parser._option_string_actions.keys() - known.keys():
-        _keep_abbreviations(parser, known, flag)
 
 
-def _keep_abbreviations(
-    parser: argparse.ArgumentParser, known: Mapping[str, argparse.Action], flag: str
-) -> None:
-    """What abbreviated one of vLLM's flags before we added ``flag`` goes on doing so."""
-    for end in range(len("--x"), len(flag)):
-        abbreviation = flag[:end]
-        meant = {id(a): a for name, a in known.items() if name.startswith(abbreviation)}
-        if len(meant) == 1:
-            (action,) = meant.values()
-            parser._option_string_actions.setdefault(abbreviation, action)
+def exit_layer_argument(text: str) -> int | str:
+    """The type of ``--exit-layer``, for argparse.
+
+    Raises:
+        ArgumentTypeError: neither an integer nor ``auto``.
+    """
+    if text == AUTO:
+        return AUTO
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"exit_layer={text!r} must be an integer or 'auto'."
+        ) from None
 
 
 def wrap_from_cli_args(original: Callable) -> Callable:
     def from_cli_args(cls: Any, args: argparse.Namespace) -> Any:
         engine_args = original(cls, args)
-        own = {
-            "exit_layer": getattr(args, "exit_layer", None),
-            "draft_vocab": getattr(args, "draft_vocab", None),
-            "reuse_exit_states": getattr(args, "reuse_exit_states", None),
-        }
-        for key, value in own.items():
+        for key in sorted(OWN_KEYS):
+            value = getattr(args, key, None)
             if value is not None:
-                engine_args.speculative_config = _merged(engine_args.speculative_config, key, value)
+                engine_args.speculative_config = with_option(
+                    engine_args.speculative_config, key, value, f"--{key.replace('_', '-')}"
+                )
         early_exit_layer = getattr(args, EARLY_EXIT_KEY, None)
         if early_exit_layer is not None:
             engine_args.hf_overrides = _with_early_exit(engine_args.hf_overrides, early_exit_layer)
         return engine_args
 
     return from_cli_args
-
-
-def _merged(speculative_config: dict[str, Any] | None, key: str, value: object) -> dict[str, Any]:
-    flag = f"--{key.replace('_', '-')}"
-    given = speculative_config or {}
-    if key in given or key.replace("_", "-") in given:
-        raise ValueError(
-            f"{flag} and --speculative-config['{key}'] are mutually exclusive. Give one."
-        )
-    return {**given, key: value}
 
 
 def _with_early_exit(hf_overrides: dict[str, Any] | None, value: int) -> dict[str, Any]:
@@ -127,10 +121,3 @@ def _with_early_exit(hf_overrides: dict[str, Any] | None, value: int) -> dict[st
             "Give one."
         )
     return {**given, EARLY_EXIT_KEY: value}
-
-
-def _exit_layer(text: str) -> int | str:
-    try:
-        return parse_exit_layer(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None

@@ -13,11 +13,12 @@ Free of vLLM and torch.
 from __future__ import annotations
 
 import json
-import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from vllm_layerskip.files.whole import write_json
 
 MAX_FILE_BYTES = 32 << 20
 """More than any vocabulary needs; weights given by mistake are not read into memory."""
@@ -83,17 +84,12 @@ def parse_draft_vocab(content: bytes, source: str, vocab_size: int) -> DraftVoca
 
 
 def write_token_ids(path: Path, token_ids: Sequence[int]) -> None:
-    """Write a JSON array; at any time ``path`` is its old self or complete.
+    """Write a JSON array, whole or not at all.
 
     Raises:
         OSError: the folder does not exist or cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(list(token_ids)) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_json(path, list(token_ids), indent=None)
 
 
 def _parse(content: bytes, source: str) -> list[int]:

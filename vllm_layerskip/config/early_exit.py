@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_layerskip.architectures import SUPPORTED_ARCHITECTURES, early_exit_architectures
-from vllm_layerskip.config.options import METHOD, SELF
+from vllm_layerskip.config.request import METHOD, SELF
 
 KEY = "early_exit_layer"
 FLAG = "--early-exit-layer"
@@ -32,46 +32,20 @@ class EarlyExitRequest:
     """How the user wrote it, for messages."""
     other_overrides: Mapping[str, Any]
     """``hf_overrides`` without the request."""
-    named_architecture: str | None
-    """The LayerSkip class that ``architectures`` names, if it does."""
 
 
 def find_request(hf_overrides: object) -> EarlyExitRequest | None:
     """The request in ``hf_overrides``, or None.
 
-    Two spellings: ``{"early_exit_layer": E}``, and ``{"architectures":
-    ["LayerSkip...ForCausalLM"], "exit_layer": E}``. A ``layerskip`` block of the checkpoint is no
-    request: it names the layer that drafts.
-
-    Raises:
-        ValueError: both spellings at once.
+    A ``layerskip`` block of the checkpoint is no request: it names the layer that drafts.
     """
     if not isinstance(hf_overrides, Mapping):
-        return None  # A function: what it sets is the checkpoint's config as far as we know.
+        return None  # A callable cannot be inspected; it counts as no request.
     others = dict(hf_overrides)
-    named = _named_architecture(others)
-    exit_layer, spelling = others.pop(KEY, None), KEY
-    if named is not None and "exit_layer" in others:
-        if exit_layer is not None:
-            raise ValueError(
-                f"hf_overrides: {KEY}={exit_layer!r} ({FLAG}) and architectures=[{named!r}] with "
-                f"exit_layer={others['exit_layer']!r} say the same twice. Give one."
-            )
-        exit_layer, spelling = others.pop("exit_layer"), "exit_layer"
+    exit_layer = others.pop(KEY, None)
     if exit_layer is None:
         return None
-    if named is not None:
-        del others["architectures"]
-    source = f"hf_overrides: {spelling}={exit_layer!r}"
-    if spelling == KEY:
-        source += f" ({FLAG})"
-    return EarlyExitRequest(exit_layer, source, others, named)
-
-
-def _named_architecture(hf_overrides: Mapping[str, Any]) -> str | None:
-    own = {model.architecture for model in SUPPORTED_ARCHITECTURES.values()}
-    named = hf_overrides.get("architectures") or [None]
-    return named[0] if named[0] in own else None
+    return EarlyExitRequest(exit_layer, f"hf_overrides: {KEY}={exit_layer!r} ({FLAG})", others)
 
 
 def refuse_speculation(
@@ -120,18 +94,11 @@ def _check_model(request: EarlyExitRequest, model_config: Any, architecture: str
             f"{request.source}: early exit cuts vLLM's own model classes; model_impl="
             f"{model_config.model_impl!r} must be 'auto' or 'vllm'. Change it."
         )
-    model = SUPPORTED_ARCHITECTURES.get(architecture)
-    if model is None:
+    if architecture not in SUPPORTED_ARCHITECTURES:
         raise ValueError(
             f"{request.source}: early exit does not support the architecture {architecture!r} of "
             f"model {model_config.model!r}. Supported: "
             f"{', '.join(sorted(SUPPORTED_ARCHITECTURES))}. Drop it, or use a supported model."
-        )
-    if request.named_architecture not in (None, model.architecture):
-        raise ValueError(
-            f"hf_overrides: architectures=[{request.named_architecture!r}] is not the LayerSkip "
-            f"class of {architecture!r}, the architecture of model {model_config.model!r}; that is "
-            f"{model.architecture!r}. Correct it, or give {KEY} alone."
         )
     if model_config.runner_type != "generate":
         raise ValueError(
@@ -160,9 +127,9 @@ def _check_exit_layer(request: EarlyExitRequest, num_layers: int) -> int:
 def per_layer_values(
     hf_config: Mapping[str, Any], num_layers: int, exit_layer: int
 ) -> dict[str, Any]:
-    """What ``config.json`` says layer by layer (``layer_types``, ...), for the first E layers.
+    """The per-layer values of ``config.json`` (``layer_types``, ...), for the first E layers.
 
-    A list counts as such if its name speaks of layers and it has one value a layer.
+    A list is per layer if its name has ``layer`` in it and it has one value for each layer.
     """
     values: dict[str, Any] = {
         key: value[:exit_layer]

@@ -32,7 +32,6 @@ from vllm_layerskip.config.options import (
     CONFIG_BLOCK,
     DraftVocabFile,
     LayerSkipOptions,
-    leaves_to_checkpoint,
     resolve_options,
 )
 from vllm_layerskip.config.select_model import select_model
@@ -41,8 +40,6 @@ from vllm_layerskip.cpu.triton_interpreter import interpret_mode
 from vllm_layerskip.host.environment import DRAFT_GRAPHS, flag
 
 logger = init_logger("vllm.layerskip.config")
-
-WORKER_EXTENSION = "vllm_layerskip.metrics.worker_extension.LayerSkipWorkerExtension"
 
 
 @config
@@ -66,19 +63,6 @@ class LayerSkipConfig(SpeculativeConfig):
         self.draft_parallel_config = self.target_parallel_config
         self.prompt_lookup_min = self.prompt_lookup_max = 0
         self._use_layerskip_model_class()
-        self._extend_workers()
-
-    def _extend_workers(self) -> None:
-        parallel_config = self.target_parallel_config
-        if not parallel_config.worker_extension_cls:
-            parallel_config.worker_extension_cls = WORKER_EXTENSION
-        elif parallel_config.worker_extension_cls != WORKER_EXTENSION:
-            logger.info_once(
-                "worker_extension_cls=%r is kept: workers answer 'layerskip_stats' only if it "
-                "derives from %s.",
-                parallel_config.worker_extension_cls,
-                WORKER_EXTENSION,
-            )
 
     def _use_layerskip_model_class(self) -> None:
         """Have this engine's target load our model class; other engines keep vLLM's."""
@@ -128,11 +112,7 @@ def build_config(
         check_weight_files(Path(target_model_config.model))
     _check_runner()
     flag(DRAFT_GRAPHS, default=True)  # Raises before weights are loaded.
-    num_layers = target_model_config.get_total_num_hidden_layers()
-    config_block = getattr(target_model_config.hf_config, CONFIG_BLOCK, None)
-    if config_block is None:
-        config_block = _known_block(request, target_model_config.model, num_layers)
-    options: LayerSkipOptions = resolve_options(request, num_layers, config_block)
+    options = _resolve(request, target_model_config)
     check_request(options, bool(request.get("reuse_exit_states")), engine_args)
     without_reuse = settings_without_reuse(engine_args)
     if without_reuse:
@@ -151,25 +131,22 @@ def build_config(
     )
 
 
-def _known_block(
-    request: Mapping[str, Any], model: str, num_layers: int
-) -> Mapping[str, int] | None:
-    """E and K of a published checkpoint, whose config.json does not name them."""
-    known = find_known_checkpoint(model, num_layers)
-    if known is None:
-        return None
-    used = [f"{key}={value}" for key, value in known.block.items()
-            if leaves_to_checkpoint(request, key)]  # fmt: skip
-    if used:
+def _resolve(request: Mapping[str, Any], model_config: Any) -> LayerSkipOptions:
+    """The request's options, with E and K of a published checkpoint where nothing names them."""
+    num_layers = model_config.get_total_num_hidden_layers()
+    block = getattr(model_config.hf_config, CONFIG_BLOCK, None)
+    known = None if block is not None else find_known_checkpoint(model_config.model, num_layers)
+    options = resolve_options(request, num_layers, block if known is None else known.block)
+    if known is not None and options.from_checkpoint:
         logger.info_once(
             "%s has no 'layerskip' block in its config.json; using %s, known for %s (%s). "
             "`vllm-layerskip tune` finds the best values for this machine.",
-            model,
-            " and ".join(used),
+            model_config.model,
+            " and ".join(f"{key}={known.block[key]}" for key in options.from_checkpoint),
             known.name,
             known.source,
         )
-    return known.block
+    return options
 
 
 def _read_draft_vocab(file: DraftVocabFile | None, model_config: Any) -> DraftVocab | None:

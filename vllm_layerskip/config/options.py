@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user asks for: the keys of ``speculative_config``, resolved and checked.
+"""Resolves and checks a request (``request.py``) against a checkpoint's ``config.json``.
 
-Pure functions over plain values, free of vLLM: every mistake that can be seen in the
-request and in the checkpoint's ``config.json`` is found here, before anything is loaded.
+Pure functions over plain values, free of vLLM. They find every mistake that shows in the request
+and in ``config.json``, before anything is loaded.
 """
 
 from __future__ import annotations
@@ -11,18 +11,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
-METHOD = "layerskip"
-SELF = "[self]"
+from vllm_layerskip.config.request import OWN_KEYS, named
+
 AUTO = "auto"
 NONE = "none"
 
 SCHEDULE = "num_speculative_tokens_per_batch_size"
 """vLLM's key for K by batch size: ``[first batch size, last batch size, K]``, ascending."""
-
-OWN_KEYS = frozenset({"draft_vocab", "exit_layer", "reuse_exit_states"})
-"""Keys that vLLM does not know."""
 
 VLLM_KEYS = frozenset(
     {
@@ -42,6 +39,8 @@ CONFIG_BLOCK = "layerskip"
 """Name of the block in a checkpoint's ``config.json`` that ``"auto"`` reads."""
 
 _REQUEST = "speculative_config"
+_BLOCK = f"config.json, '{CONFIG_BLOCK}' block"
+_MAY_BE_AUTO = frozenset({"draft_vocab", "exit_layer", "num_speculative_tokens"})
 
 _SET_BLOCK = (
     'or add {"layerskip": {"exit_layer": E, "num_speculative_tokens": K}} to the '
@@ -61,7 +60,7 @@ class DraftVocabFile:
     @property
     def source(self) -> str:
         """What named the file, for messages."""
-        where = f"config.json, '{CONFIG_BLOCK}' block" if self.in_checkpoint else _REQUEST
+        where = _BLOCK if self.in_checkpoint else _REQUEST
         return f"{where}: draft_vocab={self.path!r}"
 
 
@@ -79,39 +78,8 @@ class LayerSkipOptions:
     draft_vocab: DraftVocabFile | None
     """None: drafts come from the whole vocabulary."""
     vllm_options: Mapping[str, Any]
-
-
-def asks_for_layerskip(request: Mapping[str, Any] | None) -> bool:
-    """Whether a ``speculative_config`` is ours to handle.
-
-    Raises:
-        ValueError: a mix that is neither LayerSkip nor plain vLLM.
-    """
-    if not request:
-        return False
-    method, model = request.get("method"), request.get("model")
-    if method == METHOD:
-        if model not in (None, SELF):
-            raise ValueError(
-                f"speculative_config: model={model!r} cannot go with method='layerskip': the "
-                f"draft is the target's own first layers. Leave model out or set it to '{SELF}'."
-            )
-        return True
-    if model == SELF:
-        if method is not None:
-            raise ValueError(
-                f"speculative_config: model='{SELF}' drafts with the target's own layers and "
-                f"cannot go with method={method!r}. Leave method out or set it to 'layerskip'."
-            )
-        return True
-    own = sorted(OWN_KEYS & request.keys())
-    if own:
-        raise ValueError(
-            f"speculative_config: {_pairs(request, own)} belongs to LayerSkip, but neither "
-            f"method='layerskip' nor model='{SELF}' was given. Add one of them "
-            f"(on the command line: --spec-model '{SELF}'), or drop the option."
-        )
-    return False
+    from_checkpoint: tuple[str, ...] = ()
+    """Which of ``exit_layer`` and ``num_speculative_tokens`` the checkpoint's block decided."""
 
 
 def resolve_options(
@@ -131,46 +99,33 @@ def resolve_options(
     unknown = sorted(request.keys() - VALID_KEYS)
     if unknown:
         raise ValueError(
-            f"speculative_config: {_pairs(request, unknown)} cannot be used with LayerSkip. "
+            f"speculative_config: {named(request, unknown)} cannot be used with LayerSkip. "
             f"Valid keys are {', '.join(sorted(VALID_KEYS))}. Remove the others."
         )
-    block = _checked_block(config_block)
+    request, block = _without_auto(request), _checked_block(config_block)
     reuse = request.get("reuse_exit_states", True)
     if not isinstance(reuse, bool):
         raise ValueError(f"speculative_config: reuse_exit_states={reuse!r} must be true or false.")
     return LayerSkipOptions(
-        exit_layer=_resolve_exit_layer(request.get("exit_layer", AUTO), num_layers, block),
-        num_speculative_tokens=_resolve_num_speculative_tokens(
-            request.get("num_speculative_tokens"), block
-        ),
+        exit_layer=_resolve_exit_layer(request, num_layers, block),
+        num_speculative_tokens=_resolve_num_speculative_tokens(request, block),
         reuse_exit_states=reuse,
-        draft_vocab=_resolve_draft_vocab(request.get("draft_vocab", AUTO), block),
+        draft_vocab=_resolve_draft_vocab(request, block),
         vllm_options={key: request[key] for key in sorted(VLLM_KEYS & request.keys())}
         | _schedule_of_checkpoint(request, block),
+        from_checkpoint=tuple(
+            key for key in ("exit_layer", "num_speculative_tokens") if key not in request
+        ),
     )
 
 
-def leaves_to_checkpoint(request: Mapping[str, Any], key: str) -> bool:
-    """Whether a request leaves ``exit_layer`` or ``num_speculative_tokens`` to the checkpoint."""
-    return request.get(key, AUTO) in (None, AUTO)
-
-
-def parse_exit_layer(text: str) -> int | Literal["auto"]:
-    """``--exit-layer``'s argument.
-
-    Raises:
-        ValueError: neither an integer nor ``auto``.
-    """
-    if text == AUTO:
-        return "auto"
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"exit_layer={text!r} must be an integer or 'auto'.") from None
-
-
-def _pairs(request: Mapping[str, Any], keys: list[str]) -> str:
-    return ", ".join(f"{key}={request[key]!r}" for key in keys)
+def _without_auto(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The request without the keys that it leaves to the checkpoint, as ``"auto"`` or null."""
+    return {
+        key: value
+        for key, value in request.items()
+        if key not in _MAY_BE_AUTO or not (value is None or value == AUTO)
+    }
 
 
 def _checked_block(block: object) -> Mapping[str, Any]:
@@ -184,40 +139,42 @@ def _checked_block(block: object) -> Mapping[str, Any]:
     return block
 
 
-def _resolve_exit_layer(value: object, num_layers: int, block: Mapping[str, Any]) -> int:
+def _resolve_exit_layer(
+    request: Mapping[str, Any], num_layers: int, block: Mapping[str, Any]
+) -> int:
     if num_layers < 2:
         raise ValueError(
-            f"LayerSkip drafts with a model's first layers and verifies with the rest; exit_layer="
-            f"{value!r} has no valid value for a model of {num_layers} layer(s). Use another "
-            "speculative method."
+            "LayerSkip drafts with a model's first layers and verifies with the rest; exit_layer="
+            f"{request.get('exit_layer', AUTO)!r} has no valid value for a model of {num_layers} "
+            "layer(s). Use another speculative method."
         )
     valid = f"an integer from 1 to {num_layers - 1} (the model has {num_layers} layers)"
-    source = "speculative_config"
-    if value == AUTO or value is None:
-        if "exit_layer" not in block:
-            raise ValueError(
-                "speculative_config: exit_layer='auto' needs the checkpoint to name its exit "
-                f"layer, and its config.json has no '{CONFIG_BLOCK}' block with exit_layer. "
-                f"Set exit_layer (--exit-layer) to {valid}, " + _SET_BLOCK
-            )
-        value, source = block["exit_layer"], f"config.json, '{CONFIG_BLOCK}' block"
+    if "exit_layer" in request:
+        value, source, valid = request["exit_layer"], _REQUEST, f"{valid} or 'auto'"
+    elif "exit_layer" in block:
+        value, source = block["exit_layer"], _BLOCK
     else:
-        valid += " or 'auto'"
+        raise ValueError(
+            "speculative_config: exit_layer='auto' needs the checkpoint to name its exit "
+            f"layer, and its config.json has no '{CONFIG_BLOCK}' block with exit_layer. "
+            f"Set exit_layer (--exit-layer) to {valid}, " + _SET_BLOCK
+        )
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < num_layers:
         raise ValueError(f"{source}: exit_layer={value!r} must be {valid}.")
     return value
 
 
-def _resolve_num_speculative_tokens(value: object, block: Mapping[str, Any]) -> int:
-    source = "speculative_config"
-    if value is None or value == AUTO:
-        if "num_speculative_tokens" not in block:
-            raise ValueError(
-                "speculative_config: num_speculative_tokens is not set, and the checkpoint's "
-                f"config.json has no '{CONFIG_BLOCK}' block with it. Set "
-                "num_speculative_tokens (--spec-tokens) to an integer of at least 1, " + _SET_BLOCK
-            )
-        value, source = block["num_speculative_tokens"], f"config.json, '{CONFIG_BLOCK}' block"
+def _resolve_num_speculative_tokens(request: Mapping[str, Any], block: Mapping[str, Any]) -> int:
+    if "num_speculative_tokens" in request:
+        value, source = request["num_speculative_tokens"], _REQUEST
+    elif "num_speculative_tokens" in block:
+        value, source = block["num_speculative_tokens"], _BLOCK
+    else:
+        raise ValueError(
+            "speculative_config: num_speculative_tokens is not set, and the checkpoint's "
+            f"config.json has no '{CONFIG_BLOCK}' block with it. Set "
+            "num_speculative_tokens (--spec-tokens) to an integer of at least 1, " + _SET_BLOCK
+        )
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(
             f"{source}: num_speculative_tokens={value!r} must be an integer of at least 1."
@@ -230,16 +187,16 @@ def _schedule_of_checkpoint(
 ) -> dict[str, list[tuple[int, int, int]]]:
     """The checkpoint's schedule of K by batch size, where it applies.
 
-    It was found for the checkpoint's own E and K. Who sets either decides for himself how much
-    is drafted, and who sets a schedule, null for none, has that one.
+    It was found for the checkpoint's own E and K. Setting E, K or a schedule (null for none)
+    overrides it.
     """
-    if SCHEDULE not in block or SCHEDULE in request:
+    if SCHEDULE not in block or request.keys() & {
+        "exit_layer",
+        "num_speculative_tokens",
+        SCHEDULE,
+    }:
         return {}
-    if not all(
-        leaves_to_checkpoint(request, key) for key in ("exit_layer", "num_speculative_tokens")
-    ):
-        return {}
-    return {SCHEDULE: checked_schedule(block[SCHEDULE], f"config.json, '{CONFIG_BLOCK}' block")}
+    return {SCHEDULE: checked_schedule(block[SCHEDULE], _BLOCK)}
 
 
 def checked_schedule(value: object, source: str) -> list[tuple[int, int, int]]:
@@ -270,11 +227,14 @@ def checked_schedule(value: object, source: str) -> list[tuple[int, int, int]]:
     return schedule
 
 
-def _resolve_draft_vocab(value: object, block: Mapping[str, Any]) -> DraftVocabFile | None:
+def _resolve_draft_vocab(
+    request: Mapping[str, Any], block: Mapping[str, Any]
+) -> DraftVocabFile | None:
+    if "draft_vocab" not in request:
+        return _draft_vocab_of_checkpoint(block.get("draft_vocab"))
+    value = request["draft_vocab"]
     if value == NONE:
         return None
-    if value == AUTO or value is None:
-        return _draft_vocab_of_checkpoint(block.get("draft_vocab"))
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise ValueError(
             f"{_REQUEST}: draft_vocab={value!r} must be the path of a file of token ids, "
@@ -293,8 +253,8 @@ def _draft_vocab_of_checkpoint(value: object) -> DraftVocabFile | None:
         or ".." in PurePosixPath(value).parts
     ):
         raise ValueError(
-            f"config.json, '{CONFIG_BLOCK}' block: draft_vocab={value!r} must be the path of a "
-            "file inside of the checkpoint's folder, relative to it. Correct it, or set "
+            f"{_BLOCK}: draft_vocab={value!r} must be the path of a "
+            "file inside the checkpoint's folder, relative to it. Correct it, or set "
             f"draft_vocab='{NONE}' (--draft-vocab {NONE})."
         )
     return DraftVocabFile(value, in_checkpoint=True)

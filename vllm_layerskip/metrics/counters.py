@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm_layerskip.metrics.prometheus import PREFIX
+
 if TYPE_CHECKING:
     from vllm import LLM
 
@@ -63,13 +65,11 @@ def read_counters(llm: LLM) -> SpecDecodeCounters:
         ValueError: the engine keeps no statistics, or does not run LayerSkip.
     """
     metrics: dict[str, Any] = {metric.name: metric for metric in llm.get_metrics()}
-    if f"{_PREFIX}drafts" not in metrics:
+    if not {f"{_PREFIX}drafts", f"{PREFIX}num_verify_steps_full"} <= metrics.keys():
         raise ValueError(
-            "This engine has no spec_decode counters. Start it with speculative_config="
+            "This engine has no counters of LayerSkip. Start it with speculative_config="
             "{'method': 'layerskip', ...} and disable_log_stats=False."
         )
-    # Every worker takes the same decisions; the first one answers for all.
-    stats = llm.collective_rpc("layerskip_stats")[0]
     return SpecDecodeCounters(
         num_drafts=int(metrics[f"{_PREFIX}drafts"].value),
         num_draft_tokens=int(metrics[f"{_PREFIX}draft_tokens"].value),
@@ -77,5 +77,6 @@ def read_counters(llm: LLM) -> SpecDecodeCounters:
         num_accepted_tokens_per_pos=tuple(
             int(count) for count in metrics[f"{_PREFIX}accepted_tokens_per_pos"].values
         ),
-        **stats,
+        num_verify_steps_reused=int(metrics[f"{PREFIX}num_verify_steps_reused"].value),
+        num_verify_steps_full=int(metrics[f"{PREFIX}num_verify_steps_full"].value),
     )

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Carries the workers' verify counts to the process that answers ``/metrics``.
 
-A worker counts verify steps (``VerifyStats``); the engine's front end, another process and
+A worker counts verify steps; the engine's front end, another process and
 maybe another machine, exports them. Here they ride on messages that vLLM sends anyway, as host
 integers, so nothing waits for the device and no message is added:
 
 * worker -> scheduler: the totals so far are an attribute of the step's ``ModelRunnerOutput``.
   vLLM takes the output of one rank per engine, so a count is a step's and not a rank's.
-* scheduler -> front end: what was added since the last message stands behind the K entries of
+* scheduler -> front end: what was added since the last message stands after the K entries of
   ``SpecDecodingStats.num_draft_tokens_per_pos``. That list goes to one front end and is read
   by nobody else; the front end takes ours off before any logger of vLLM sees the statistics.
   An engine without statistics (``--disable-log-stats``) sends none.
@@ -29,10 +29,16 @@ _HANDED_ON = "_layerskip_step_counts"
 
 
 class StepCounts(NamedTuple):
-    """Verify steps, as ``VerifyStats`` counts them."""
+    """Verify steps since a worker started; a step verifies one batch."""
 
     num_verify_steps_reused: int = 0
+    """Steps that ran the early stage for one token per request."""
     num_verify_steps_full: int = 0
+    """Steps that ran the early stage for every token."""
+
+    def after_step(self, reused: bool) -> StepCounts:
+        """The counts with one step more."""
+        return StepCounts(self[0] + reused, self[1] + (not reused))
 
     def since(self, earlier: StepCounts) -> StepCounts:
         if any(now < before for now, before in zip(self, earlier, strict=True)):
@@ -42,13 +48,13 @@ class StepCounts(NamedTuple):
 
 def send_from_workers() -> None:
     """Have this worker's step outputs carry its counts."""
-    runner = sys.modules[MODEL_RUNNER_MODULE]  # It is what starts a LayerSkip engine.
+    runner = sys.modules[MODEL_RUNNER_MODULE]  # Already imported: the runner calls us.
     wrap(runner.GPUModelRunner, "sample_tokens", _sample_tokens)
 
 
 def wrap_get_scheduler_cls(original: Callable) -> Callable:
-    """For ``SchedulerConfig``: the one place that knows an engine's scheduler class, in the
-    process of its scheduler, and that costs no import elsewhere."""
+    """For ``SchedulerConfig``. Wrapped because it runs in the scheduler's process, once an engine,
+    and knows the scheduler's class; other processes import nothing for it."""
 
     def get_scheduler_cls(self: Any) -> Any:
         scheduler_cls = original(self)
@@ -71,10 +77,8 @@ def take_step_counts(scheduler_stats: Any, num_speculative_tokens: int) -> StepC
 def _sample_tokens(original: Callable) -> Callable:
     def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(self, *args, **kwargs)
-        from vllm_layerskip.worker.model_state import LayerSkipModelState
-
-        if output is not None and isinstance(self.model_state, LayerSkipModelState):
-            totals = StepCounts(**self.model_state.stats.to_dict())
+        totals = getattr(self.model_state, "step_counts", None)  # A plain engine has none.
+        if output is not None and totals is not None:
             # An asynchronous output holds the one that is sent.
             setattr(getattr(output, "model_runner_output", output), _TOTALS, totals)
         return output
@@ -98,7 +102,7 @@ def _update_from_output(original: Callable) -> Callable:
 def _hand_on(scheduler: Any, totals: StepCounts, messages: Mapping[int, Any]) -> None:
     for message in messages.values():
         stats = message.scheduler_stats and message.scheduler_stats.spec_decoding_stats
-        # Without any (each request of the step was aborted) the next step's take them along.
+        # A step without any (all its requests were aborted) leaves its counts to the next one.
         if stats is not None:
             counts = totals.since(getattr(scheduler, _HANDED_ON, StepCounts()))
             stats.num_draft_tokens_per_pos.extend(counts)

@@ -32,13 +32,12 @@ from vllm.ir.op import IrOp
 from vllm_layerskip.config.layerskip_config import LayerSkipConfig
 from vllm_layerskip.config.weight_files import missing_weights
 from vllm_layerskip.models.exit_head import ExitHead
+from vllm_layerskip.worker.draft_state import DraftState
+from vllm_layerskip.worker.model_state import LayerSkipModelState
 from vllm_layerskip.worker.verify_plan import VerifyPlan, current_verify_plan
 
 if TYPE_CHECKING:
     from vllm.sequence import IntermediateTensors
-
-    from vllm_layerskip.worker.exit_states import ExitStates
-    from vllm_layerskip.worker.lora_rows import LoraRows
 
 
 class Decoder:
@@ -156,8 +155,7 @@ class LayerSkipForCausalLM(ExitHead, Decoder, nn.Module):
             )
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         self.exit_layer = config.exit_layer
-        self.exit_states: ExitStates | None = None  # Set by the speculator.
-        self.lora_rows: LoraRows | None = None  # Likewise, with LoRA.
+        self.draft_state = DraftState(vllm_config, self)
         parts = {"vllm_config": vllm_config, "model": self, "exit_layer": self.exit_layer}
         with set_model_tag("layerskip_early"):
             early_stage = EarlyStage(**parts)
@@ -183,8 +181,6 @@ class LayerSkipForCausalLM(ExitHead, Decoder, nn.Module):
 
     @classmethod
     def get_model_state_cls(cls) -> type:
-        from vllm_layerskip.worker.model_state import LayerSkipModelState
-
         return LayerSkipModelState
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -256,9 +252,10 @@ class LayerSkipForCausalLM(ExitHead, Decoder, nn.Module):
         self, input_ids: torch.Tensor, positions: torch.Tensor, plan: VerifyPlan
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Exit states of all T tokens, running the early stage for one token per request."""
-        assert self.exit_states is not None
-        num_tokens_per_req = plan.num_drafts + 1
-        last = slice(plan.num_drafts, plan.num_reqs * num_tokens_per_req, num_tokens_per_req)
+        num_tokens_per_req = plan.num_speculative_tokens + 1
+        last = slice(
+            plan.num_speculative_tokens, plan.num_reqs * num_tokens_per_req, num_tokens_per_req
+        )
         context = replace(
             get_forward_context(),
             attn_metadata=plan.attn_metadata,
@@ -273,9 +270,9 @@ class LayerSkipForCausalLM(ExitHead, Decoder, nn.Module):
                 input_ids[last].clone(memory_format=torch.contiguous_format),
                 positions[last].clone(memory_format=torch.contiguous_format),
             )
-        return self.exit_states.gather(
+        return self.draft_state.exit_states.gather(
             plan.idx_mapping,
-            plan.num_drafts,
+            plan.num_speculative_tokens,
             last_hidden_states,
             last_residual,
             num_tokens=positions.shape[0],

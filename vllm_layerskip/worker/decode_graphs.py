@@ -26,11 +26,11 @@ from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager, ModelCudaGraphM
 
 from vllm_layerskip.config.layerskip_config import LayerSkipConfig
 from vllm_layerskip.host.wrap import wrap
-from vllm_layerskip.worker.draft_graphs import num_drafts_by_batch_size
+from vllm_layerskip.worker.draft_graphs import num_speculative_tokens_by_batch_size
 
 
 def offer_all_decode_graphs() -> None:
-    """Wrap vLLM's choice of candidates; engines without LayerSkip keep theirs."""
+    """Wrap vLLM's choice of candidates; engines without LayerSkip keep vLLM's."""
     wrap(CudaGraphManager, "_init_candidates", _init_candidates)
 
 
@@ -47,19 +47,19 @@ def _init_candidates(original: Callable) -> Callable:
 
 
 def _keep_scheduled(manager: Any) -> None:
-    """Drop the decode graphs of numbers of drafts that no batch of their size is given."""
-    num_drafts = num_drafts_by_batch_size(manager.vllm_config)
+    """Drop the decode graphs for a K that the schedule gives to no batch of their size."""
+    by_batch_size = num_speculative_tokens_by_batch_size(manager.vllm_config)
     full = manager._capture_descs.get(CUDAGraphMode.FULL)
     if not full:
         return  # An entry, even an empty one, would have vLLM capture.
     kept, smallest = set(), Counter[tuple[int | None, int]]()
     for desc in sorted(full, key=lambda desc: desc.num_tokens):
-        # A range of batch sizes for each query length (and number of adapters).
+        # Each query length (and number of adapters) has a range of batch sizes of its own.
         key = desc.uniform_token_count, desc.num_active_loras
-        batch_sizes = num_drafts[smallest[key] + 1 : desc.num_reqs + 1]
+        wanted = by_batch_size[smallest[key] + 1 : desc.num_reqs + 1]
         smallest[key] = desc.num_reqs
         q = desc.uniform_token_count
-        if q is None or desc.num_reqs == 1 or q - 1 in batch_sizes:
+        if q is None or desc.num_reqs == 1 or q - 1 in wanted:
             kept.add(desc)
     manager._capture_descs[CUDAGraphMode.FULL] = [desc for desc in full if desc in kept]
 

@@ -29,9 +29,10 @@ class DraftCudaGraphManager(SpeculatorCudaGraphManager):
         self, vllm_config: VllmConfig, device: torch.device, cudagraph_mode: CUDAGraphMode
     ) -> None:
         super().__init__(vllm_config, device, cudagraph_mode, decode_query_len=1)
-        num_drafts = num_drafts_by_batch_size(vllm_config)
+        by_batch_size = num_speculative_tokens_by_batch_size(vllm_config)
         self._capture_descs = {
-            mode: _with_num_drafts(descs, num_drafts) for mode, descs in self._capture_descs.items()
+            mode: _for_each_number_of_drafts(descs, by_batch_size)
+            for mode, descs in self._capture_descs.items()
         }
 
     def _init_candidates(self) -> None:
@@ -64,8 +65,8 @@ class DraftCudaGraphManager(SpeculatorCudaGraphManager):
         )
 
 
-def num_drafts_by_batch_size(vllm_config: VllmConfig) -> list[int]:
-    """Drafts per request for a batch of ``index`` requests; index 0 is unused."""
+def num_speculative_tokens_by_batch_size(vllm_config: VllmConfig) -> list[int]:
+    """K for a batch of ``index`` requests; index 0 is unused."""
     config = vllm_config.speculative_config
     max_num_reqs = vllm_config.scheduler_config.max_num_seqs
     if not config.uses_dynamic_speculative_decoding():
@@ -77,17 +78,17 @@ def num_drafts_by_batch_size(vllm_config: VllmConfig) -> list[int]:
     )
 
 
-def _with_num_drafts(
-    descs: list[BatchExecutionDescriptor], num_drafts: list[int]
+def _for_each_number_of_drafts(
+    descs: list[BatchExecutionDescriptor], by_batch_size: list[int]
 ) -> list[BatchExecutionDescriptor]:
-    """One descriptor per number of drafts of the batch sizes that are padded to it."""
+    """For each size, a descriptor for every K of the batch sizes that pad to it."""
     result = []
     smallest = 1
     for desc in sorted(descs, key=lambda desc: desc.num_tokens):
-        batch_sizes = num_drafts[smallest : desc.num_tokens + 1]
+        wanted = set(by_batch_size[smallest : desc.num_tokens + 1])
         result += [
             SpeculatorBatchDescriptor(**vars(desc), num_speculative_tokens=count)
-            for count in sorted(set(batch_sizes) - {0})
+            for count in sorted(wanted - {0})
         ]
         smallest = desc.num_tokens + 1
     return result[::-1]  # The largest first, as vLLM captures.

@@ -61,10 +61,10 @@ class ExitStates:
     def cover(
         self,
         idx_mapping_np: np.ndarray,  # [R]
-        num_drafts: int,
+        num_speculative_tokens: int,
     ) -> bool:
-        """Whether every row has the exit states in front of ``num_drafts`` drafts."""
-        return bool((self.num_valid_np[idx_mapping_np] >= num_drafts).all())
+        """Whether every row has the exit states that verifying its drafts starts from."""
+        return bool((self.num_valid_np[idx_mapping_np] >= num_speculative_tokens).all())
 
     def _require_dtype(self, *states: torch.Tensor) -> None:
         # The kernels mix rows of both; on a GPU another dtype would not compile.
@@ -75,20 +75,38 @@ class ExitStates:
 
     def store(
         self,
-        first_step: int,
+        step: int,
         idx_mapping: torch.Tensor,  # [R]; -1 stores nothing
-        hidden_states: torch.Tensor,  # [>= R * num_tokens_per_req, H]
-        residual: torch.Tensor,  # as hidden_states
-        num_tokens_per_req: int = 1,
-        num_steps: int = 1,
+        hidden_states: torch.Tensor,  # [>= R, H]
+        residual: torch.Tensor,  # [>= R, H]
     ) -> None:
-        """Keep the first ``num_steps`` tokens of each row as passes ``first_step``, ..."""
+        """Keep what draft pass ``step`` left, one token a row."""
+        self._store(self.states[:, :, step : step + 1], idx_mapping, hidden_states, residual, 1)
+
+    def store_all(
+        self,
+        idx_mapping: torch.Tensor,  # [R]; -1 stores nothing
+        hidden_states: torch.Tensor,  # [>= R * (num_speculative_tokens + 1), H]
+        residual: torch.Tensor,  # as hidden_states
+        num_speculative_tokens: int,
+    ) -> None:
+        """Keep the states of each row's tokens but the last, as if draft passes had left them."""
+        states = self.states[:, :, :num_speculative_tokens]
+        self._store(states, idx_mapping, hidden_states, residual, num_speculative_tokens + 1)
+
+    def _store(
+        self,
+        states: torch.Tensor,  # [2, S, passes, H]
+        idx_mapping: torch.Tensor,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor,
+        num_tokens_per_req: int,
+    ) -> None:
         self._require_dtype(hidden_states, residual)
         hidden_size = self.states.shape[-1]
-        end_step = first_step + num_steps
-        _store_kernel[(idx_mapping.shape[0], num_steps)](
-            self.states[0, :, first_step:end_step],
-            self.states[1, :, first_step:end_step],
+        _store_kernel[(idx_mapping.shape[0], states.shape[2])](
+            states[0],
+            states[1],
             self.states.stride(1),
             self.states.stride(2),
             idx_mapping,
@@ -104,12 +122,12 @@ class ExitStates:
     def gather(
         self,
         idx_mapping: torch.Tensor,  # [R]; -1 gives zeros
-        num_drafts: int,
+        num_speculative_tokens: int,
         last_hidden_states: torch.Tensor,  # [R, H]
         last_residual: torch.Tensor,  # [R, H]
         num_tokens: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """New ``[T, H]`` hidden_states and residual for ``num_drafts + 1`` tokens a row.
+        """New ``[T, H]`` hidden_states and residual, for 1 + K tokens a row.
 
         Token j of a row was the input of draft pass j; the last one, the last draft, was
         never an input, and its state is the one that is passed in. T may exceed the rows'
@@ -133,7 +151,7 @@ class ExitStates:
             last_hidden_states.stride(0),
             last_residual,
             last_residual.stride(0),
-            num_drafts,
+            num_speculative_tokens,
             BLOCK_SIZE=triton.next_power_of_2(hidden_size),
         )
         return hidden_states, residual
@@ -141,8 +159,8 @@ class ExitStates:
 
 @triton.jit(do_not_specialize=["num_tokens_per_req"])
 def _store_kernel(  # type: ignore[no-untyped-def]
-    hidden_states_out_ptr,  # [S, num_steps, H]
-    residual_out_ptr,  # [S, num_steps, H]
+    hidden_states_out_ptr,  # [S, passes, H]
+    residual_out_ptr,  # [S, passes, H]
     req_stride,
     step_stride,
     idx_mapping_ptr,  # [R]
@@ -169,7 +187,7 @@ def _store_kernel(  # type: ignore[no-untyped-def]
     tl.store(residual_out_ptr + out, residual, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_reqs", "num_drafts"])
+@triton.jit(do_not_specialize=["num_reqs", "num_speculative_tokens"])
 def _gather_kernel(  # type: ignore[no-untyped-def]
     hidden_states_out_ptr,  # [T, H]
     residual_out_ptr,  # [T, H]
@@ -184,12 +202,12 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     last_hidden_states_stride,
     last_residual_ptr,  # [R, H]
     last_residual_stride,
-    num_drafts,
+    num_speculative_tokens,
     BLOCK_SIZE: tl.constexpr,
 ):
     token = tl.program_id(0)
-    row = token // (num_drafts + 1)
-    step = token % (num_drafts + 1)
+    row = token // (num_speculative_tokens + 1)
+    step = token % (num_speculative_tokens + 1)
     block = tl.arange(0, BLOCK_SIZE)
     mask = block < hidden_size
     out = token.to(tl.int64) * hidden_size + block
@@ -199,7 +217,7 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
         tl.store(hidden_states_out_ptr + out, zero, mask=mask)
         tl.store(residual_out_ptr + out, zero, mask=mask)
         return
-    if step == num_drafts:
+    if step == num_speculative_tokens:
         hidden_states_ptr = last_hidden_states_ptr + row.to(tl.int64) * last_hidden_states_stride
         residual_ptr = last_residual_ptr + row.to(tl.int64) * last_residual_stride
     else:

@@ -29,12 +29,13 @@ class LoraRows:
     """Sets vLLM's row mapping for the passes that vLLM does not know.
 
     Args:
-        model: a model whose layers vLLM has wrapped for LoRA (``model.lora_manager``).
+        model: a model whose layers vLLM wraps for LoRA before the first pass, which gives it its
+            ``lora_manager``.
         max_num_reqs: number of request slots.
     """
 
     def __init__(self, model: nn.Module, max_num_reqs: int) -> None:
-        self._manager = model.lora_manager
+        self._model = model
         self._lora_ids = np.full(max_num_reqs, NO_LORA_ID, dtype=np.int32)  # by request slot
 
     def add_request(self, req_index: int, lora_request: Any | None) -> None:
@@ -64,6 +65,6 @@ class LoraRows:
         logits_lora_ids: np.ndarray,  # [number of rows of logits]
     ) -> None:
         # The adapters themselves were loaded for this batch by the runner.
-        self._manager.set_adapter_mapping(
+        self._model.lora_manager.set_adapter_mapping(
             LoRAMapping(tuple(token_lora_ids), tuple(logits_lora_ids), is_prefill=True)
         )

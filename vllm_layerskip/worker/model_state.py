@@ -27,7 +27,6 @@ included, and those carry no drafts.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -49,25 +48,13 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_layerskip.config.layerskip_config import LayerSkipConfig
+from vllm_layerskip.metrics.step_counts import StepCounts
 from vllm_layerskip.worker.draft_inputs import ROWS_PER_PROGRAM
 from vllm_layerskip.worker.early_layers import early_attn_layer_names
 from vllm_layerskip.worker.verify_plan import VerifyAttnMetadata, VerifyPlan
 
 WARMUP_PREFIX = "_warmup_"
 """Of the requests that vLLM's ``warmup_kernels`` makes up on a GPU before the first real one."""
-
-
-@dataclass
-class VerifyStats:
-    """Verify steps since the engine started; a step verifies one batch."""
-
-    num_verify_steps_reused: int = 0
-    """Steps that ran the early stage for one token per request."""
-    num_verify_steps_full: int = 0
-    """Steps that ran the early stage for every token."""
-
-    def to_dict(self) -> dict[str, int]:
-        return asdict(self)
 
 
 class LayerSkipModelState(DefaultModelState):
@@ -78,10 +65,8 @@ class LayerSkipModelState(DefaultModelState):
         config = vllm_config.speculative_config
         assert isinstance(config, LayerSkipConfig)
         self.config = config
-        assert model.exit_states is not None, "the speculator loads before the model state"
-        self.exit_states = model.exit_states
-        self.lora_rows = model.lora_rows
-        self.stats = VerifyStats()
+        self.draft_state = model.draft_state
+        self.step_counts = StepCounts()
         self._num_weight_loads = model.num_weight_loads
         self.early_attn_groups: list[list[AttentionGroup]] = []
         # What a plan points at; captured graphs read it again at each replay.
@@ -91,9 +76,9 @@ class LayerSkipModelState(DefaultModelState):
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
-        self.exit_states.invalidate(req_index)
-        if self.lora_rows is not None:
-            self.lora_rows.add_request(req_index, new_req_data.lora_request)
+        self.draft_state.exit_states.invalidate(req_index)
+        if self.draft_state.lora_rows is not None:
+            self.draft_state.lora_rows.add_request(req_index, new_req_data.lora_request)
 
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, block_tables: BlockTables
@@ -149,8 +134,8 @@ class LayerSkipModelState(DefaultModelState):
             **kwargs,
         )
         if input_batch.num_draft_tokens_per_req is not None:
-            if self.lora_rows is not None:
-                self.lora_rows.map_verify(input_batch)
+            if self.draft_state.lora_rows is not None:
+                self.draft_state.lora_rows.map_verify(input_batch)
             self._count(input_batch, reuses and covered)
         if not reuses:
             return attn_metadata
@@ -161,26 +146,29 @@ class LayerSkipModelState(DefaultModelState):
 
     def _count(self, input_batch: InputBatch, reused: bool) -> None:
         if not input_batch.req_ids[0].startswith(WARMUP_PREFIX):
-            self.stats.num_verify_steps_reused += reused
-            self.stats.num_verify_steps_full += not reused
+            self.step_counts = self.step_counts.after_step(reused)
 
     def _forget_other_weights(self) -> None:
         """Requests may run on while weights are replaced; their exit states are the old ones'."""
         if self._num_weight_loads != self.model.num_weight_loads:
             self._num_weight_loads = self.model.num_weight_loads
-            self.exit_states.invalidate_all()
+            self.draft_state.exit_states.invalidate_all()
 
     def _covered(self, input_batch: InputBatch) -> bool:
         """Whether every row verifies the same number of drafts and has their exit states."""
-        num_drafts_np = input_batch.num_draft_tokens_per_req
-        if num_drafts_np is None or not self.config.reuse_exit_states or input_batch.has_prefill:
+        if not self.config.reuse_exit_states or input_batch.has_prefill:
             return False
-        num_drafts = int(num_drafts_np[0])
+        num_draft_tokens_np = input_batch.num_draft_tokens_per_req
+        if num_draft_tokens_np is None:
+            return False
+        num_speculative_tokens = int(num_draft_tokens_np[0])
         return (
-            num_drafts >= 1
-            and bool((num_drafts_np == num_drafts).all())
-            and bool((input_batch.num_scheduled_tokens == num_drafts + 1).all())
-            and self.exit_states.cover(input_batch.idx_mapping_np, num_drafts)
+            num_speculative_tokens >= 1
+            and bool((num_draft_tokens_np == num_speculative_tokens).all())
+            and bool((input_batch.num_scheduled_tokens == num_speculative_tokens + 1).all())
+            and self.draft_state.exit_states.cover(
+                input_batch.idx_mapping_np, num_speculative_tokens
+            )
         )
 
     def _graph_reuses(self, input_batch: InputBatch) -> bool:
@@ -201,7 +189,7 @@ class LayerSkipModelState(DefaultModelState):
         kv_cache_config: KVCacheConfig,
         for_capture: bool,
     ) -> VerifyPlan:
-        num_drafts = int(input_batch.num_scheduled_tokens[0]) - 1
+        num_speculative_tokens = int(input_batch.num_scheduled_tokens[0]) - 1
         # The rows of a capture or a dummy replay are queries of no request.
         num_queries = input_batch.num_reqs
         num_requests = 0 if for_capture else num_queries
@@ -217,7 +205,7 @@ class LayerSkipModelState(DefaultModelState):
             num_requests,
             num_queries,
             num_reqs,
-            num_drafts,
+            num_speculative_tokens,
             NUM_KV_CACHE_GROUPS=slot_mappings.shape[0],
             BLOCK_SIZE=ROWS_PER_PROGRAM,
         )
@@ -247,7 +235,7 @@ class LayerSkipModelState(DefaultModelState):
             for_cudagraph_capture=for_capture,
         )
         return VerifyPlan(
-            num_drafts=num_drafts,
+            num_speculative_tokens=num_speculative_tokens,
             idx_mapping=self.idx_mapping[:num_reqs],
             attn_metadata=attn_metadata,
             slot_mappings=build_slot_mappings_by_layer(early_slot_mappings, kv_cache_config),
@@ -284,19 +272,16 @@ class LayerSkipModelState(DefaultModelState):
             hidden_states, residual = self.model.run_early_stage(
                 input_batch.input_ids[:num_tokens], input_batch.positions[:num_tokens]
             )
-        num_drafts = int(input_batch.num_scheduled_tokens[0]) - 1
-        self.exit_states.store(
-            0,
+        self.draft_state.exit_states.store_all(
             input_batch.idx_mapping,
             hidden_states,
             residual,
-            num_tokens_per_req=num_drafts + 1,
-            num_steps=num_drafts,
+            num_speculative_tokens=int(input_batch.num_scheduled_tokens[0]) - 1,
         )
 
 
 # One variant (see draft_inputs.py): a capture has no requests, a live batch any number.
-@triton.jit(do_not_specialize=["num_requests", "num_queries", "num_reqs", "num_drafts"])
+@triton.jit(do_not_specialize=["num_requests", "num_queries", "num_reqs", "num_speculative_tokens"])
 def _prepare_plan_kernel(  # type: ignore[no-untyped-def]
     idx_mapping_out_ptr,  # [max_num_reqs]
     query_start_loc_out_ptr,  # [max_num_reqs + 1]
@@ -308,7 +293,7 @@ def _prepare_plan_kernel(  # type: ignore[no-untyped-def]
     num_requests,
     num_queries,
     num_reqs,  # with padding
-    num_drafts,
+    num_speculative_tokens,
     NUM_KV_CACHE_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
@@ -321,7 +306,7 @@ def _prepare_plan_kernel(  # type: ignore[no-untyped-def]
     # Padding has no query.
     query_end = tl.minimum(row + 1, num_queries)
     tl.store(query_start_loc_out_ptr + row + 1, query_end, mask=in_batch)
-    last_draft = row * (num_drafts + 1) + num_drafts
+    last_draft = row * (num_speculative_tokens + 1) + num_speculative_tokens
     for group in tl.static_range(NUM_KV_CACHE_GROUPS):
         # The last draft's slot; padding already is PAD in vLLM's slot mappings.
         slot = tl.load(slot_mappings_ptr + group * slot_mappings_stride + last_draft, mask=in_batch)

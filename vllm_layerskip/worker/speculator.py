@@ -53,9 +53,8 @@ from vllm_layerskip.host.environment import DRAFT_GRAPHS, flag
 from vllm_layerskip.worker.draft_graphs import DraftCudaGraphManager
 from vllm_layerskip.worker.draft_head import DraftHead
 from vllm_layerskip.worker.draft_inputs import advance, prepare_first_pass
+from vllm_layerskip.worker.draft_state import DraftState
 from vllm_layerskip.worker.early_layers import early_attn_layer_names
-from vllm_layerskip.worker.exit_states import ExitStates
-from vllm_layerskip.worker.lora_rows import LoraRows
 
 logger = init_logger("vllm.layerskip.speculator")
 
@@ -66,26 +65,10 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         config = vllm_config.speculative_config
         assert isinstance(config, LayerSkipConfig)
         self.exit_layer = config.exit_layer
-        self.exit_states = ExitStates(
-            self.max_num_reqs, self.num_speculative_steps, self.hidden_size, self.dtype, device
-        )
         self.draft_steps = torch.arange(self.num_speculative_steps, device=device)
         self.draft_graphs: DraftCudaGraphManager | None = None
-        self.lora_rows: LoraRows | None = None
         self.early_attn_layer_names: set[str] = set()
         self.draft_attn_layer_names: set[str] = set()  # The runner must see no draft layers.
-        logger.info_once(
-            "LayerSkip %s on vLLM %s: layers 0..%d of %d draft (exit_layer %d), %d speculative "
-            "tokens, exit-state reuse %s; extra memory: %d bytes of exit states.",
-            __version__,
-            version.vllm_version(),
-            self.exit_layer - 1,
-            vllm_config.model_config.get_total_num_hidden_layers(),
-            self.exit_layer,
-            self.num_speculative_steps,
-            "on" if config.reuse_exit_states else "off",
-            self.exit_states.num_bytes,
-        )
 
     @property
     def num_positions(self) -> int:
@@ -99,6 +82,21 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         self.model = self.load_draft_model(target_model, attn_layer_names)
         self._validate_local_argmax_reduction()
         self.draft_head = self._make_draft_head()
+        self._log_start()
+
+    def _log_start(self) -> None:
+        logger.info_once(
+            "LayerSkip %s on vLLM %s: layers 0..%d of %d draft (exit_layer %d), %d speculative "
+            "tokens, exit-state reuse %s; extra memory: %d bytes of exit states.",
+            __version__,
+            version.vllm_version(),
+            self.exit_layer - 1,
+            self.vllm_config.model_config.get_total_num_hidden_layers(),
+            self.exit_layer,
+            self.num_speculative_steps,
+            "on" if self.speculative_config.reuse_exit_states else "off",
+            self.draft_state.exit_states.num_bytes,
+        )
 
     def _make_draft_head(self) -> DraftHead | None:
         draft_vocab = self.speculative_config.draft_vocab
@@ -120,11 +118,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         self.early_attn_layer_names = early_attn_layer_names(
             target_attn_layer_names, self.exit_layer
         )
-        target_model.exit_states = self.exit_states
-        if self.vllm_config.lora_config is not None:
-            # vLLM has wrapped the layers by now.
-            self.lora_rows = LoraRows(target_model, self.max_num_reqs)
-            target_model.lora_rows = self.lora_rows
+        self.draft_state: DraftState = target_model.draft_state
         return target_model
 
     def set_attn(
@@ -152,7 +146,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         fused = (
             cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
             and self.supports_decode_metadata_update
-            and self.lora_rows is None
+            and self.draft_state.lora_rows is None
             and flag(DRAFT_GRAPHS, default=True)
         )
         self.draft_graphs = DraftCudaGraphManager(
@@ -216,8 +210,8 @@ class LayerSkipSpeculator(DraftModelSpeculator):
 
         if self.draft_head is not None:
             self.draft_head.refresh()
-        if self.lora_rows is not None:
-            self.lora_rows.map_drafts(input_batch, dummy_run)
+        if self.draft_state.lora_rows is not None:
+            self.draft_state.lora_rows.map_drafts(input_batch, dummy_run)
         max_seq_len = int(input_batch.seq_lens_cpu_upper_bound[:num_reqs].max())
         self.draft_max_seq_len = min(max_seq_len + num_speculative_tokens, self.num_positions)
         self._copy_request_inputs(
@@ -254,7 +248,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             input_batch.num_computed_tokens_np + input_batch.num_scheduled_tokens
             < input_batch.prefill_len_np
         )
-        self.exit_states.set_num_valid(
+        self.draft_state.exit_states.set_num_valid(
             input_batch.idx_mapping_np, (~mid_prefill) * num_speculative_tokens
         )
 
@@ -299,14 +293,14 @@ class LayerSkipSpeculator(DraftModelSpeculator):
     def _generate_drafts(
         self,
         batch_desc: BatchExecutionDescriptor,
-        num_speculative_steps: int,
+        num_speculative_tokens: int,
         skip_attn: bool,
         seq_lens_cpu_upper_bound: torch.Tensor,
     ) -> None:
         """The same without a graph: metadata rebuilt before each pass."""
         num_reqs = batch_desc.num_tokens
         attn_metadata, slot_mappings = None, None
-        for step in range(num_speculative_steps):
+        for step in range(num_speculative_tokens):
             if not skip_attn:
                 slot_mappings = build_slot_mappings_by_layer(
                     self._compute_slot_mappings(num_reqs), self.kv_cache_config
@@ -343,7 +337,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             hidden_states, residual = self.model.run_early_stage(
                 self.input_buffers.input_ids[:num_reqs], positions
             )
-        self.exit_states.store(step, idx_mapping, hidden_states, residual)
+        self.draft_state.exit_states.store(step, idx_mapping, hidden_states, residual)
         sampled = self.sample_draft(
             self.model.exit_norm(hidden_states, residual),
             positions,

@@ -19,11 +19,11 @@ from vllm.forward_context import get_forward_context
 class VerifyPlan:
     """How the forward starts from the drafts' exit states.
 
-    R rows, padding included, of ``num_drafts + 1`` tokens each. Every tensor is a view of a
-    persistent buffer, as a captured graph reads it again at each replay.
+    R rows, padding included, of ``num_speculative_tokens + 1`` tokens each. Every tensor is a view
+    of a persistent buffer, since a captured graph reads it again at each replay.
     """
 
-    num_drafts: int
+    num_speculative_tokens: int
     # [R] request slots; -1 for padding.
     idx_mapping: torch.Tensor
     # By name of the early attention layers, for one token per row: its last draft.

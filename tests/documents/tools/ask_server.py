@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm serve MODEL FLAGS`` of a document: start it, see that it drafts, stop it."""
+"""Run a document's ``vllm serve MODEL FLAGS``: start it, see that it drafts, stop it."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ USES: dict[str, list[tuple[dict[str, Any], str]]] = {
     "cpu_offload_gb": [({"cpu_offload_gb": 1}, "1")],
     "offload_group_size": [({"offload_group_size": 4}, "4")],
     "model_class_overrides": [
-        # vLLM has registered it by then, for the whole process.
+        # By then vLLM has registered the class for the whole process.
         (
             {"model_class_overrides": {"OtherForCausalLM": "some.module:Class"}},
             "{'OtherForCausalLM': 'some.module:Class'}",

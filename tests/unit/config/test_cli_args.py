@@ -6,6 +6,8 @@ import dataclasses
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vllm_layerskip.config import cli_args
 from vllm_layerskip.host.wrap import wrap
@@ -220,8 +222,21 @@ def test_vllm_serve_makes_the_same_engine_of_every_spelling(checkpoint):
             assert getattr(other.speculative_config, name) == expected, name
 
 
-@pytest.mark.parametrize("flag", ["--speculative", "--speculative-conf", "--specul"])
-def test_abbreviations_of_vllms_own_flags_go_on_working(parse, flag):
-    """--speculative-model must not make --speculative ambiguous for those who do not use it."""
-    config = {"method": "ngram", "num_speculative_tokens": 3}
-    assert parse(flag, json.dumps(config)).speculative_config == config
+@given(st.text().filter(lambda text: text != "auto"))
+def test_only_integers_and_auto_parse_as_an_exit_layer(text):
+    try:
+        expected = int(text)
+    except ValueError:
+        with pytest.raises(
+            argparse.ArgumentTypeError, match="must be an integer or 'auto'"
+        ) as error:
+            cli_args.exit_layer_argument(text)
+        assert repr(text) in str(error.value)
+    else:
+        assert cli_args.exit_layer_argument(text) == expected
+
+
+@given(st.integers())
+def test_an_exit_layer_survives_the_command_line(exit_layer):
+    assert cli_args.exit_layer_argument(str(exit_layer)) == exit_layer
+    assert cli_args.exit_layer_argument("auto") == "auto"

@@ -19,7 +19,7 @@ from vllm_layerskip.config.draft_vocab import (
 )
 from vllm_layerskip.config.options import DraftVocabFile, resolve_options
 
-VOCAB_SIZE = 128  # Of the checkpoint in conftest.py.
+VOCAB_SIZE = 128  # As in conftest.py's checkpoint.
 REQUEST = {"method": "layerskip", "exit_layer": 2, "num_speculative_tokens": 3}
 REMEDIES = ("vllm-layerskip draft-vocab", "draft_vocab='none'")
 
@@ -157,7 +157,7 @@ def test_a_request_that_is_no_path_is_refused(value):
 def test_a_checkpoint_names_a_file_of_its_own_folder_only(value):
     with pytest.raises(ValueError, match=r"config.json, 'layerskip' block: draft_vocab=") as error:
         resolve_options(REQUEST, 4, {"draft_vocab": value})
-    for words in (repr(value), "inside of the checkpoint's folder", "--draft-vocab none"):
+    for words in (repr(value), "inside the checkpoint's folder", "--draft-vocab none"):
         assert words in str(error.value)
 
 
@@ -179,7 +179,7 @@ def test_the_ids_reach_the_config_and_other_processes(engine_config, ids_file, m
         config = _config_of(engine_config, draft_vocab)
         assert config.draft_vocab.token_ids == (3, 5, 100)
         assert "draft_vocab=3 token ids" in repr(config)
-    ids_file.unlink()  # The other process may run where it never was.
+    ids_file.unlink()  # The other process may run where there is no such file.
     sent = pickle.loads(pickle.dumps(config))
     assert sent.draft_vocab == config.draft_vocab
     assert sent.compute_hash() == config.compute_hash()

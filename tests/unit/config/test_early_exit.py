@@ -17,16 +17,10 @@ from ..conftest import NUM_LAYERS
 
 LAYERSKIP = {"method": "layerskip", "exit_layer": 2, "num_speculative_tokens": 3}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
-BOTH_SPELLINGS = [
-    {"early_exit_layer": 2},
-    {"architectures": ["LayerSkipLlamaForCausalLM"], "exit_layer": 2},
-    {"architectures": ["LayerSkipLlamaForCausalLM"], "early_exit_layer": 2},
-]
 
 
-@pytest.mark.parametrize("hf_overrides", BOTH_SPELLINGS)
-def test_the_config_says_e_layers_everywhere(engine_config, hf_overrides):
-    config = engine_config(hf_overrides={**hf_overrides, "rope_theta": 5e5})
+def test_the_config_says_e_layers_everywhere(engine_config):
+    config = engine_config(hf_overrides={"early_exit_layer": 2, "rope_theta": 5e5})
     model = config.model_config
     assert model.architecture == "EarlyExitLlamaForCausalLM"
     assert model.hf_config.num_hidden_layers == model.hf_text_config.num_hidden_layers == 2
@@ -58,9 +52,9 @@ def test_create_model_config_is_wrapped_exactly_once(engine_args):
         None,
         {},
         {"early_exit_layer": None},
-        {"exit_layer": 2},  # Without our class: one of vLLM's models may have such a key.
+        {"exit_layer": 2},  # One of vLLM's models may have such a key.
         {"layerskip": {"exit_layer": 2, "num_speculative_tokens": 3}},
-        {"architectures": ["LlamaForCausalLM"], "exit_layer": 2},
+        {"architectures": ["LayerSkipLlamaForCausalLM"], "exit_layer": 2},
         {"architectures": []},
         lambda config: config,
     ],
@@ -76,13 +70,10 @@ def test_a_layerskip_block_alone_serves_the_whole_model(engine_config):
 
 
 @pytest.mark.parametrize("exit_layer", [0, -1, NUM_LAYERS, NUM_LAYERS + 1, 2.0, "2", True, "auto"])
-@pytest.mark.parametrize("key", ["early_exit_layer", "exit_layer"])
-def test_a_wrong_layer_is_refused_with_the_valid_ones(engine_args, key, exit_layer):
-    overrides = {key: exit_layer}
-    if key == "exit_layer":
-        overrides["architectures"] = ["LayerSkipLlamaForCausalLM"]
+def test_a_wrong_layer_is_refused_with_the_valid_ones(engine_args, exit_layer):
+    overrides = {"early_exit_layer": exit_layer}
     args = engine_args(hf_overrides=overrides)
-    message = rf"{key}={exit_layer!r}.* must be an integer from 1 to {NUM_LAYERS - 1} "
+    message = rf"early_exit_layer={exit_layer!r}.* must be an integer from 1 to {NUM_LAYERS - 1} "
     with pytest.raises(ValueError, match=message):
         args.create_model_config()
     assert args.hf_overrides == overrides, "the user's arguments were changed"
@@ -111,12 +102,8 @@ def test_the_short_flags_of_speculation_are_refused_too(engine_args):
         ),
         (
             {},
-            {
-                "architectures": ["LayerSkipLlamaForCausalLM"],
-                "exit_layer": 1,
-                "early_exit_layer": 2,
-            },
-            "say the same twice",
+            {"architectures": ["LayerSkipLlamaForCausalLM"], "early_exit_layer": 2},
+            "does not support the architecture 'LayerSkipLlamaForCausalLM'",
         ),
     ],
 )
@@ -131,16 +118,6 @@ def test_transformers_own_backend_is_refused():
     )
     with pytest.raises(ValueError, match="model_impl='transformers' must be 'auto' or 'vllm'"):
         early_exit.cut_overrides(find_request({"early_exit_layer": 2}), model_config)
-
-
-def test_the_layerskip_class_of_another_architecture_is_refused(engine_args, monkeypatch):
-    from vllm_layerskip.architectures import SUPPORTED_ARCHITECTURES, LayerSkipModel
-
-    other = LayerSkipModel("LayerSkipOtherForCausalLM", "nowhere:Other")
-    monkeypatch.setitem(SUPPORTED_ARCHITECTURES, "OtherForCausalLM", other)
-    overrides = {"architectures": [other.architecture], "exit_layer": 2}
-    with pytest.raises(ValueError, match="is not the LayerSkip class of 'LlamaForCausalLM'"):
-        engine_args(hf_overrides=overrides).create_model_config()
 
 
 def test_values_by_layer_end_with_the_layers():

@@ -79,7 +79,7 @@ def test_names_that_do_not(model, tmp_path):
 
 @pytest.fixture
 def published(engine_config, checkpoint, tmp_path):
-    """A folder as of a published checkpoint of 16 layers: its name, and no block."""
+    """A folder like a published checkpoint's of 16 layers: its name, and no block."""
     engine_config()  # The first one sets all log levels and handlers anew.
     folder = tmp_path / "layerskip-llama3.2-1B"
     shutil.copytree(checkpoint, folder)

@@ -7,46 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_layerskip.config.options import (
-    OWN_KEYS,
     VALID_KEYS,
     VLLM_KEYS,
-    asks_for_layerskip,
-    parse_exit_layer,
     resolve_options,
 )
 
 NUM_LAYERS = 4
 GOOD = {"method": "layerskip", "exit_layer": 2, "num_speculative_tokens": 3}
 BLOCK = {"exit_layer": 1, "num_speculative_tokens": 5, "recipe": {"rotation": 8}}
-
-OURS = [
-    {"method": "layerskip"},
-    {"method": "layerskip", "model": None},
-    {"method": "layerskip", "model": "[self]"},
-    {"model": "[self]"},
-    {"model": "[self]", "method": None, "exit_layer": 2},
-]
-NOT_OURS = [
-    None,
-    {},
-    {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4},
-    {"method": "eagle3", "model": "org/head", "num_speculative_tokens": 3},
-    {"model": "org/draft", "num_speculative_tokens": 3, "draft_tensor_parallel_size": 1},
-    {"num_speculative_tokens": 3},
-]
-# A request that mixes LayerSkip with something else, and what its error must say.
-MIXED = [
-    ({"method": "ngram", "model": "[self]"}, ("'[self]'", "method='ngram'", "Leave method out")),
-    (
-        {"method": "layerskip", "model": "org/draft"},
-        ("model='org/draft'", "method='layerskip'", "Leave model out", "'[self]'"),
-    ),
-    ({"exit_layer": 2}, ("exit_layer", "method='layerskip'", "model='[self]'", "drop the option")),
-    (
-        {"method": "ngram", "reuse_exit_states": False},
-        ("reuse_exit_states", "method='layerskip'", "--spec-model '[self]'", "drop the option"),
-    ),
-]
 
 LAYERS = "an integer from 1 to 3 (the model has 4 layers)"
 TOKENS = "an integer of at least 1"
@@ -118,36 +86,6 @@ def _id(value):
     return repr(value)[:70] if isinstance(value, dict) else None
 
 
-@pytest.mark.parametrize("request_", OURS, ids=repr)
-def test_a_request_that_names_layerskip_is_ours(request_):
-    assert asks_for_layerskip(request_) is True
-
-
-@pytest.mark.parametrize("request_", NOT_OURS, ids=repr)
-def test_a_plain_request_is_not_ours(request_):
-    assert asks_for_layerskip(request_) is False
-
-
-@given(
-    st.dictionaries(
-        st.text(max_size=12).filter(lambda key: key not in OWN_KEYS | {"method", "model"}),
-        st.none() | st.integers() | st.text(max_size=12),
-    ),
-    st.sampled_from([None, "ngram", "eagle3", "draft_model", "mtp"]),
-    st.sampled_from([None, "org/draft", "self", "layerskip"]),
-)
-def test_a_request_without_our_words_is_never_ours_whatever_else_it_holds(rest, method, model):
-    assert asks_for_layerskip(rest | {"method": method, "model": model}) is False
-
-
-@pytest.mark.parametrize(("request_", "says"), MIXED, ids=_id)
-def test_a_mixed_request_is_refused_with_a_remedy(request_, says):
-    with pytest.raises(ValueError, match="speculative_config") as error:
-        asks_for_layerskip(request_)
-    for words in says:
-        assert words in str(error.value)
-
-
 @pytest.mark.parametrize(("changes", "block", "says"), BAD, ids=_id)
 def test_a_bad_option_is_refused_by_name_value_valid_set_and_remedy(changes, block, says):
     with pytest.raises(ValueError, match="config") as error:
@@ -213,24 +151,6 @@ def test_exit_layer_is_accepted_exactly_from_1_to_the_last_layer_but_one(exit_la
                 resolve_options(request, num_layers, block)
 
 
-@given(st.text().filter(lambda text: text != "auto"))
-def test_only_integers_and_auto_parse_as_an_exit_layer(text):
-    try:
-        expected = int(text)
-    except ValueError:
-        with pytest.raises(ValueError, match="must be an integer or 'auto'") as error:
-            parse_exit_layer(text)
-        assert repr(text) in str(error.value)
-    else:
-        assert parse_exit_layer(text) == expected
-
-
-@given(st.integers())
-def test_an_exit_layer_survives_the_command_line(exit_layer):
-    assert parse_exit_layer(str(exit_layer)) == exit_layer
-    assert parse_exit_layer("auto") == "auto"
-
-
 SCHEDULE = [[1, 4, 5], [5, 16, 2], [17, 64, 0]]
 TUNED = BLOCK | {"num_speculative_tokens_per_batch_size": SCHEDULE}
 
@@ -241,7 +161,7 @@ TUNED = BLOCK | {"num_speculative_tokens_per_batch_size": SCHEDULE}
         ({}, [(1, 4, 5), (5, 16, 2), (17, 64, 0)]),
         ({"exit_layer": "auto"}, [(1, 4, 5), (5, 16, 2), (17, 64, 0)]),
         ({"num_speculative_tokens": None}, [(1, 4, 5), (5, 16, 2), (17, 64, 0)]),
-        # Tuned for the checkpoint's own pair; to state E or K, even the same, is a decision.
+        # The schedule was tuned for the checkpoint's pair; setting E or K overrides it.
         ({"exit_layer": 1}, None),
         ({"num_speculative_tokens": 5}, None),
         ({"num_speculative_tokens": 2}, None),

@@ -314,7 +314,7 @@ def test_plan_of_a_verify_step(seed, num_groups):
         rows.idx_mapping,
         rows.draw(0, 90, (num_groups, num_tokens)),
         num_tokens,
-        0 if seed == 5 else rows.num_reqs,  # None, where a graph is captured.
+        0 if seed == 5 else rows.num_reqs,  # No request while a graph is captured.
         rows.num_reqs,
         num_padded,
         num_drafts,
@@ -505,7 +505,7 @@ def test_drafts_are_gathered(seed):
 
 @pytest.fixture
 def interpreter_log1p(monkeypatch):
-    """What the interpreter lacks of libdevice."""
+    """The function of libdevice that the interpreter lacks."""
     libdevice = SimpleNamespace(log1p=lambda value: tl.log(1.0 + value))
     monkeypatch.setattr(rejection_sampler_utils, "tldevice", libdevice)
 

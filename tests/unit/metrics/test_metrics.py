@@ -39,7 +39,7 @@ def drafted(*lengths):
 
 
 class Scheduler:
-    """As far as the wrapper goes: the statistics of a step, sent to one of two front ends."""
+    """What the wrapper needs of one: the statistics of a step, sent to one of two front ends."""
 
     def __init__(self):
         self.stats = None
@@ -121,12 +121,12 @@ def fake_runner(model_state, output):
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_workers_output_carries_its_totals(monkeypatch, asynchronous):
-    from vllm_layerskip.worker.model_state import LayerSkipModelState, VerifyStats
-
     output = ModelRunnerOutput(req_ids=[], req_id_to_index={})
     sent = types.SimpleNamespace(model_runner_output=output) if asynchronous else output
-    model_state = object.__new__(LayerSkipModelState)
-    model_state.stats = VerifyStats(4, 2)
+    counts = StepCounts()
+    for reused in (True, False, True, True, False, True):
+        counts = counts.after_step(reused)
+    model_state = types.SimpleNamespace(step_counts=counts)
     runner_cls, runner = fake_runner(model_state, sent)
     module = types.SimpleNamespace(GPUModelRunner=runner_cls)
     monkeypatch.setitem(step_counts.sys.modules, step_counts.MODEL_RUNNER_MODULE, module)

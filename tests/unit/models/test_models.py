@@ -247,7 +247,7 @@ def test_a_model_that_layerskip_cannot_run_is_refused(config_of, name):
 
 def test_a_multimodal_model_is_refused_without_its_image_library(engine_config):
     model_config = copy.copy(engine_config().model_config)
-    model_config.multimodal_config = object()  # What vLLM goes by.
+    model_config.multimodal_config = object()  # This tells vLLM that it is one.
     with pytest.raises(ValueError, match="it is a multimodal model, and LayerSkip runs text"):
         select_model(model_config)
 
@@ -298,7 +298,7 @@ def test_a_family_that_changed_is_refused_and_no_other(config_of, monkeypatch):
 def test_another_packages_model_in_either_order_of_plugins(config_of, registry, order):
     from vllm_layerskip.plugin import register
 
-    path = "vllm_layerskip.models.qwen:LayerSkipQwen2ForCausalLM"  # Stands for their own.
+    path = "vllm_layerskip.models.qwen:LayerSkipQwen2ForCausalLM"  # In the place of their class.
     registry.register_model("TheirForCausalLM", "vllm.model_executor.models.qwen2:Qwen2ForCausalLM")
     if order == "before":
         register_architecture("TheirForCausalLM", path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a GPU takes of the two stages beside their layers: the exit norm's kernel, the buffer that
+"""What a GPU uses of the two stages besides their layers: the exit norm's kernel, the buffer that
 piecewise graphs read, and the compiled units that vLLM looks for."""
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def fused_calls(monkeypatch):
 
 
 def test_the_exit_norm_is_one_kernel_where_vllm_has_one(fused_calls):
-    """With torch.compile vLLM's default is eleven, for Inductor to fuse; nothing compiles it."""
+    """vLLM's default under torch.compile is eleven kernels, which Inductor cannot fuse here."""
     model = LayerSkipForCausalLM.__new__(LayerSkipForCausalLM)
     nn.Module.__init__(model)
     model.__dict__["model"] = SimpleNamespace(norm=Norm())
@@ -71,7 +71,7 @@ def test_a_platform_without_the_kernel_keeps_its_norms():
 @pytest.mark.parametrize("mode", ["NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY"])
 @pytest.mark.parametrize("max_size", [512, 0, None])
 def test_late_stages_inputs_are_there_whatever_mode_was_asked_for(mode, max_size):
-    """vLLM turns FULL modes to piecewise where attention asks for it, once the model was built."""
+    """After the model is built, vLLM may turn FULL modes to piecewise for the attention's sake."""
     vllm_config = SimpleNamespace(
         compilation_config=SimpleNamespace(
             cudagraph_mode=CUDAGraphMode[mode], max_cudagraph_capture_size=max_size

@@ -29,12 +29,13 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBuffers
 
+from vllm_layerskip.metrics.step_counts import StepCounts
 from vllm_layerskip.models import stages
 from vllm_layerskip.models.stages import LayerSkipForCausalLM
 from vllm_layerskip.worker import model_state as model_state_module
 from vllm_layerskip.worker import speculator as speculator_module
 from vllm_layerskip.worker.exit_states import ExitStates
-from vllm_layerskip.worker.model_state import LayerSkipModelState, VerifyStats
+from vllm_layerskip.worker.model_state import LayerSkipModelState
 from vllm_layerskip.worker.speculator import LayerSkipSpeculator
 
 DEVICE = torch.device("cpu")
@@ -60,9 +61,9 @@ class Request:
     prefill_len: int
     num_computed: int = 0
     drafts: list[int] = dataclasses.field(default_factory=list)
-    """Drafted behind ``tokens`` by the last propose; those of them that have a position."""
+    """Drafted after ``tokens`` by the last propose; those of them that have a position."""
     runs_ahead: int = 0
-    """By how much the host, which has not heard of rejections yet, overrates ``num_computed``."""
+    """The host's ``num_computed`` is too high by this until it hears of rejections."""
     num_valid: int = 0
     """Passes of the last propose, 0 for a new owner of the slot."""
 
@@ -107,8 +108,8 @@ class PagedTables(BlockTables):
 class Speculator(LayerSkipSpeculator):
     """The real one, without vLLM's set-up, around ``Network``."""
 
-    def __init__(self, network, block_tables, exit_states) -> None:
-        self.network, self.block_tables, self.exit_states = network, block_tables, exit_states
+    def __init__(self, network, block_tables, draft_state) -> None:
+        self.network, self.block_tables, self.draft_state = network, block_tables, draft_state
         self.vllm_config = SimpleNamespace(
             model_config=SimpleNamespace(max_model_len=MAX_MODEL_LEN), lora_config=None
         )
@@ -120,12 +121,11 @@ class Speculator(LayerSkipSpeculator):
         self.draft_tokens = torch.zeros(MAX_NUM_REQS, K, dtype=torch.int64)
         self.draft_steps = torch.arange(K)
         self.draft_head = self.draft_graphs = self.draft_logits = self.kv_cache_config = None
-        self.lora_rows = None
         self.model = SimpleNamespace(
             run_early_stage=self._run_early_stage, exit_norm=lambda hidden, residual: hidden
         )
         self.passes: list[list[tuple[int, int, int, int] | None]] = []
-        """Of each pass and row: (position, slot, length, token); None of a row that is out."""
+        """For each pass and row: (position, slot, length, token); None for a row that is out."""
 
     def _build_uniform_attn_metadata(self, **kwargs):
         return kwargs
@@ -157,11 +157,11 @@ class Speculator(LayerSkipSpeculator):
 class ModelState(LayerSkipModelState):
     """The real one, without vLLM's set-up."""
 
-    def __init__(self, exit_states) -> None:
-        self.exit_states, self.stats = exit_states, VerifyStats()
+    def __init__(self, draft_state) -> None:
+        self.draft_state, self.step_counts = draft_state, StepCounts()
         self.config = SimpleNamespace(reuse_exit_states=True)
         self.model_config = SimpleNamespace(max_model_len=MAX_MODEL_LEN)
-        self.early_attn_groups, self.lora_rows = [], None
+        self.early_attn_groups = []
         self.model, self._num_weight_loads = SimpleNamespace(num_weight_loads=1), 1
         self.idx_mapping = torch.full((MAX_NUM_REQS,), -7, dtype=torch.int64)
         self.query_start_loc = torch.zeros(MAX_NUM_REQS + 1, dtype=torch.int32)
@@ -178,7 +178,7 @@ class Context:
 
 @contextlib.contextmanager
 def without_vllm():
-    """What would need a whole vLLM under the functions that are tested."""
+    """Replace what the tested functions call and what would need a whole vLLM."""
     with contextlib.ExitStack() as patches:
 
         def replace(owner, name, value):
@@ -215,9 +215,10 @@ class Bookkeeping(RuleBasedStateMachine):
         self.block_tables = PagedTables()
         self.exit_states = ExitStates(MAX_NUM_REQS, K, 2, torch.float32, DEVICE)
         self.exit_states.states.fill_(-99)
-        self.speculator = Speculator(self.network, self.block_tables, self.exit_states)
-        self.model_state = ModelState(self.exit_states)
-        # No two tokens are the same one: an id tells whose token it is, and which draw.
+        self.draft_state = SimpleNamespace(exit_states=self.exit_states, lora_rows=None)
+        self.speculator = Speculator(self.network, self.block_tables, self.draft_state)
+        self.model_state = ModelState(self.draft_state)
+        # Each token has an id of its own, which tells whose token it is, and which draw.
         self.token_ids = self.speculator.token_ids = itertools.count(100)
         self.running: list[Request] = []
         self.waiting: list[Request] = []
@@ -392,7 +393,7 @@ class Bookkeeping(RuleBasedStateMachine):
 
         num_drafts = len(drafts[0])
         last = [request.num_computed + num_drafts for request in requests]
-        assert plan.num_drafts == num_drafts
+        assert plan.num_speculative_tokens == num_drafts
         assert plan.idx_mapping.tolist() == [request.slot for request in requests]
         assert plan.slot_mappings[0].tolist() == list(map(self.slot_of, requests, last))
         for name in ("query_start_loc_gpu", "query_start_loc_cpu"):
@@ -405,7 +406,7 @@ class Bookkeeping(RuleBasedStateMachine):
             assert self.context[-1].attn_metadata is plan.attn_metadata
             return self.network.run_early_stage(input_ids, positions, plan.slot_mappings[0])
 
-        model = SimpleNamespace(exit_states=self.exit_states, run_early_stage=run_early_stage)
+        model = SimpleNamespace(draft_state=self.draft_state, run_early_stage=run_early_stage)
         hidden_states, residual = LayerSkipForCausalLM._reuse_exit_states(
             model, batch.input_ids, batch.positions, plan
         )
@@ -414,7 +415,7 @@ class Bookkeeping(RuleBasedStateMachine):
         assert torch.equal(residual, -expected)
 
     def may_reuse(self, requests, drafts) -> bool:
-        """Decodes alone, with equally many drafts of their own last propose."""
+        """Whether the batch has decodes alone, with equally many drafts of their last propose."""
         return (
             not any(request.in_prefill for request in requests)
             and len({len(row) for row in drafts}) == 1
@@ -571,7 +572,7 @@ DEFECTS = {
     "a mid-prefill row counts as drafted": lambda: mock.patch.object(
         LayerSkipSpeculator,
         "_record_valid_exit_states",
-        lambda self, batch, k: self.exit_states.set_num_valid(batch.idx_mapping_np, k),
+        lambda self, batch, k: self.draft_state.exit_states.set_num_valid(batch.idx_mapping_np, k),
     ),
     "fewer passes count than ran": lambda: _wrap(ExitStates, "set_num_valid", _one_too_few),
     "rows may differ in their drafts": lambda: _wrap(
@@ -596,7 +597,7 @@ DEFECTS = {
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_defect_is_seen(defect):
-    """The machine's own power: each defect breaks it."""
+    """Negative control: each defect makes the machine fail."""
     quick = settings(TEST_SETTINGS, phases=[Phase.generate], print_blob=False)
     with DEFECTS[defect](), pytest.raises(BaseException) as error:  # noqa: PT011
         run_as_test(Bookkeeping, settings=quick)

@@ -40,7 +40,7 @@ def graph(num_reqs: int, q: int) -> BatchExecutionDescriptor:
 
 @pytest.fixture
 def kept():
-    """Graphs that stay of every size for every query length, as vLLM has them."""
+    """What is kept of vLLM's graphs, which are one of every size for every query length."""
     every = [graph(size, q) for q in (1, 4, 7, 13) for size in SIZES]
     one = manager(sorted(every, key=lambda desc: desc.num_tokens, reverse=True))
     _keep_scheduled(one)

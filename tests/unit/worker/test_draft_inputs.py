@@ -15,7 +15,7 @@ MAX_NUM_REQS, MAX_MODEL_LEN, VOCAB_SIZE = 6, 10, 50
 
 _row = st.fixed_dictionaries(
     {
-        # Only a dummy batch has rows of no request.
+        # Only a dummy batch has rows without a request.
         "slot": st.integers(-1, MAX_NUM_REQS - 1),
         "seq_len": st.integers(1, MAX_MODEL_LEN),
         "num_sampled": st.integers(0, 3),

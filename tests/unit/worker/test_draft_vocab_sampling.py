@@ -98,7 +98,7 @@ def test_tokens_are_drawn_from_the_target(method, masked):
     _assert_drawn_from(tokens[:, 0], target[0])
     _assert_drawn_from(tokens[num_sampled == 2, 1], target[1])
     with pytest.raises(AssertionError):
-        # The test has power: another distribution is told apart.
+        # Negative control: another distribution is told apart.
         _assert_drawn_from(tokens[:, 0], target[1])
 
 
@@ -109,7 +109,7 @@ def test_the_cpu_kernel_draws_the_kernels_tokens(monkeypatch, method, masked):
     name = f"{rejection_sampler_utils.__name__}._resample_kernel"
     interpreted, _ = dispatcher._registry[name]
     assert replacement is not interpreted
-    # What the interpreter lacks of libdevice.
+    # The function of libdevice that the interpreter lacks.
     log1p = type("libdevice", (), {"log1p": staticmethod(lambda value: tl.log(1.0 + value))})
     monkeypatch.setattr(rejection_sampler_utils, "tldevice", log1p)
     sampled = []

@@ -48,18 +48,18 @@ def test_store_writes_each_rows_state_to_its_slot_and_step_alone(hidden_size, sl
     torch.testing.assert_close(buffer.states, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("num_steps", range(1, NUM_DRAFTS + 1))
-def test_store_keeps_the_first_tokens_of_rows_of_several(num_steps):
-    slots, num_tokens_per_req = [2, -1, 5], 4
+@pytest.mark.parametrize("num_drafts", range(1, NUM_DRAFTS + 1))
+def test_store_all_keeps_every_rows_tokens_but_the_last(num_drafts):
+    slots, num_tokens_per_req = [2, -1, 5], num_drafts + 1
     buffer = _exit_states()
     expected = buffer.states.clone()
     tokens = torch.randn(2, len(slots) * num_tokens_per_req, 4).to(DEVICE)
     for row, slot in enumerate(slots):
         if slot >= 0:
             first = row * num_tokens_per_req
-            expected[:, slot, :num_steps] = tokens[:, first : first + num_steps]
+            expected[:, slot, :num_drafts] = tokens[:, first : first + num_drafts]
     idx_mapping = torch.tensor(slots, device=DEVICE)
-    buffer.store(0, idx_mapping, tokens[0], tokens[1], num_tokens_per_req, num_steps)
+    buffer.store_all(idx_mapping, tokens[0], tokens[1], num_drafts)
     torch.testing.assert_close(buffer.states, expected, rtol=0, atol=0)
 
 

@@ -37,7 +37,7 @@ for case in json.load(sys.stdin):
     print(case["kernel"], case["name"])
 """
 
-# Every launch that steps make, as what Triton chooses a compiled variant by.
+# Every launch of a step, by the key with which Triton chooses a compiled variant.
 VARIANTS = """
 import itertools, json
 from collections import defaultdict
@@ -103,7 +103,7 @@ for num_reqs, num_drafts in itertools.product([*range(1, 36), 48, 64, 100, 128, 
                    num_reqs, 4096)
     hidden = torch.zeros(num_reqs * (num_drafts + 1), H)
     exit_states.store(0, idx_mapping[:num_reqs], hidden, hidden)
-    exit_states.store(0, idx_mapping[:num_reqs], hidden, hidden, num_drafts + 1, num_drafts)
+    exit_states.store_all(idx_mapping[:num_reqs], hidden, hidden, num_drafts)
     exit_states.gather(idx_mapping[:num_reqs], num_drafts, hidden, hidden, len(hidden))
     for for_capture, padding in itertools.product((True, False), (0, 1, 5)):
         padded = min(num_reqs + padding, S)
@@ -136,6 +136,8 @@ def _state_cases(kernel, names):
         for hidden_size in (64, 4096, 8192):
             yield _case("states", kernel, types, {"BLOCK_SIZE": hidden_size}, dtype)
 
+
+_COUNTS = ("num_requests", "num_queries", "num_reqs", "num_speculative_tokens")
 
 CASES = [
     *_state_cases(
@@ -206,7 +208,12 @@ CASES = [
         for groups, ones in (
             (1, {}),
             (3, {}),
-            (1, {"num_requests": 1, "num_queries": 1, "num_reqs": 1, "num_drafts": 1}),
+            (
+                1,
+                dict.fromkeys(
+                    ("num_requests", "num_queries", "num_reqs", "num_speculative_tokens"), 1
+                ),
+            ),
         )
     ),
 ]
@@ -264,6 +271,6 @@ def test_no_batch_size_compiles_a_kernel_anew(run):
 
 @ON_LINUX
 def test_attention_of_the_float32_tests_is_no_tf32(run):
-    """Triton's default rounds to ten bits, so that equal tokens would be a matter of luck."""
+    """Triton's default rounds to ten bits, and equal tokens would be luck."""
     assert run(DOT, TRITON_F32_DEFAULT=None).strip() == "True"
     assert run(DOT).strip() == "False", "tests/conftest.py sets TRITON_F32_DEFAULT"

@@ -223,13 +223,13 @@ def prepare_verify_plan(
     num_requests: int,
     num_queries: int,
     num_reqs: int,
-    num_drafts: int,
+    num_speculative_tokens: int,
 ) -> None:
     """The early stage's query in a verify step (``vllm_layerskip.worker.model_state``)."""
     idx_mapping_out_ptr[:num_requests] = idx_mapping_ptr[:num_requests]
     idx_mapping_out_ptr[num_requests:num_reqs] = -1
     query_start_loc_out_ptr[: num_reqs + 1] = torch.arange(num_reqs + 1).clamp_(max=num_queries)
-    last_drafts = torch.arange(num_reqs) * (num_drafts + 1) + num_drafts
+    last_drafts = torch.arange(num_reqs) * (num_speculative_tokens + 1) + num_speculative_tokens
     slot_mappings_out_ptr[:, :num_reqs] = slot_mappings_ptr[:, last_drafts]
 
 
@@ -257,7 +257,7 @@ def gather_exit_states(
     idx_mapping_ptr: torch.Tensor,  # [R]; -1 gives zeros
     last_hidden_states_ptr: torch.Tensor,  # [R, H]
     last_residual_ptr: torch.Tensor,  # [R, H]
-    num_drafts: int,
+    num_speculative_tokens: int,
 ) -> None:
     """Each row's stored states and the passed in last one; zeros for padding."""
     num_reqs, hidden_size = len(idx_mapping_ptr), hidden_states_out_ptr.shape[1]
@@ -267,7 +267,9 @@ def gather_exit_states(
         (hidden_states_out_ptr, hidden_states_ptr, last_hidden_states_ptr),
         (residual_out_ptr, residual_ptr, last_residual_ptr),
     ):
-        states = torch.cat([stored[requests, :num_drafts], last[:num_reqs, None]], dim=1)
+        states = torch.cat(
+            [stored[requests, :num_speculative_tokens], last[:num_reqs, None]], dim=1
+        )
         states = states.masked_fill(~is_request, 0).view(-1, hidden_size)
         out[: len(states)] = states
         out[len(states) :] = 0

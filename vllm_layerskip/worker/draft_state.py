@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What drafting leaves for verification, in one object.
+
+The model makes it with itself, before anything else of the worker exists. The speculator and the
+model state take it from the model, so all three hold the same one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+
+from vllm_layerskip.worker.exit_states import ExitStates
+from vllm_layerskip.worker.lora_rows import LoraRows
+
+
+class DraftState:
+    """Exit states by request slot, and the adapter of each slot with LoRA.
+
+    Args:
+        model: the target; vLLM wraps its layers for LoRA after it was built.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, model: nn.Module) -> None:
+        config, model_config = vllm_config.speculative_config, vllm_config.model_config
+        max_num_reqs = vllm_config.scheduler_config.max_num_seqs
+        self.exit_states = ExitStates(
+            max_num_reqs,
+            config.num_speculative_tokens,
+            model_config.get_hidden_size(),
+            model_config.dtype,
+            # The model's, while it is built.
+            torch.get_default_device(),
+        )
+        self.lora_rows = None if vllm_config.lora_config is None else LoraRows(model, max_num_reqs)
