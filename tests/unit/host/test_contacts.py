@@ -4,12 +4,17 @@
 import inspect
 import sys
 import types
+from typing import get_args
 
 import pytest
 
 from vllm_layerskip.architectures import SUPPORTED_ARCHITECTURES
 from vllm_layerskip.host import check, contacts, environment, version
 from vllm_layerskip.host.wrap import wrap, wrap_init_speculator
+
+
+def fake_contact(path, parameters=()):
+    return contacts.HostContact(path, "called", "every", "for a test", parameters)
 
 
 @pytest.mark.parametrize("contact", contacts.all_contacts(), ids=lambda contact: contact.path)
@@ -83,7 +88,7 @@ def fake_host(monkeypatch):
     ],
 )
 def test_a_contact_that_is_there_is_no_problem(fake_host, path, parameters):
-    assert check.contact_problem(contacts.HostContact(path, parameters)) is None
+    assert check.contact_problem(fake_contact(path, parameters)) is None
 
 
 @pytest.mark.parametrize(
@@ -100,7 +105,7 @@ def test_a_contact_that_is_there_is_no_problem(fake_host, path, parameters):
     ],
 )
 def test_a_contact_that_moved_is_named(fake_host, path, parameters, says):
-    problem = check.contact_problem(contacts.HostContact(path, parameters))
+    problem = check.contact_problem(fake_contact(path, parameters))
     assert problem is not None
     assert path in problem
     assert says in problem
@@ -109,9 +114,9 @@ def test_a_contact_that_moved_is_named(fake_host, path, parameters, says):
 
 def test_a_vllm_that_does_not_fit_is_refused_with_every_problem(monkeypatch, fake_host):
     misfits = (
-        contacts.HostContact("fake_host:gone"),
-        contacts.HostContact("fake_host:Owner.method", ("self", "renamed")),
-        contacts.HostContact("fake_host:function", ("first",)),
+        fake_contact("fake_host:gone"),
+        fake_contact("fake_host:Owner.method", ("self", "renamed")),
+        fake_contact("fake_host:function", ("first",)),
     )
     monkeypatch.setattr(check, "CONTACTS", misfits)
     check.check_contacts.cache_clear()
@@ -185,7 +190,7 @@ def test_a_newer_vllm_runs_with_the_override_and_says_so(newer_vllm, layerskip_l
 
 def test_the_override_does_not_reach_over_contacts_that_moved(newer_vllm, fake_host):
     newer_vllm.setenv(environment.ALLOW_UNTESTED, "1")
-    newer_vllm.setattr(check, "CONTACTS", (contacts.HostContact("fake_host:gone"),))
+    newer_vllm.setattr(check, "CONTACTS", (fake_contact("fake_host:gone"),))
     check.check_contacts.cache_clear()
     try:
         with pytest.raises(RuntimeError, match="fake_host:gone is missing"):
@@ -298,3 +303,40 @@ def test_a_runner_with_a_function_of_its_own_keeps_it(monkeypatch, fake_spec_dec
     runner = _runner(monkeypatch, lambda *args: ("somebody else's", *args))
     wrap_init_speculator(_shout)
     assert runner.init_speculator(1) == ("somebody else's", 1)
+
+
+def test_every_contact_says_what_we_do_with_it_and_where():
+    kinds, processes = get_args(contacts.Kind), get_args(contacts.Process)
+    for contact in contacts.all_contacts():
+        assert contact.kind in kinds, contact.path
+        assert contact.process in processes, contact.path
+        # What goes around vLLM's interfaces would go if vLLM had one for it.
+        assert contact.remove_when or contact.kind != "wrapped", contact.path
+
+
+def test_what_is_called_overridden_is_overridden_and_nothing_else():
+    for cls in our_classes():
+        bases = [base for base in cls.__mro__ if base.__module__.startswith("vllm.")]
+        defined = {
+            name
+            for name, value in vars(cls).items()
+            if getattr(getattr(value, "fget", value), "__module__", "") == cls.__module__
+        }
+        overridden = {name for name in defined if any(name in vars(base) for base in bases)}
+        said = {
+            contact.path.rpartition(".")[2]
+            for contact in contacts.all_contacts()
+            if contact.kind in ("overridden", "subclassed")
+            and contact.path.partition(":")[2].partition(".")[0] in {b.__name__ for b in bases}
+        }
+        # A dataclass makes __eq__, and its __repr__ is for logs.
+        assert overridden - {"__eq__", "__repr__"} == said, cls
+
+
+def our_classes():
+    from vllm_layerskip.config.layerskip_config import LayerSkipConfig
+    from vllm_layerskip.worker.draft_graphs import DraftCudaGraphManager
+    from vllm_layerskip.worker.model_state import LayerSkipModelState
+    from vllm_layerskip.worker.speculator import LayerSkipSpeculator
+
+    return LayerSkipConfig, DraftCudaGraphManager, LayerSkipModelState, LayerSkipSpeculator
