@@ -33,15 +33,15 @@ def main() -> None:
     # Replicas get the variables that this process has.
     names = ("TRITON_INTERPRET", "OMP_NUM_THREADS", "VLLM_CPU_KVCACHE_SPACE")
     variables = {name: os.environ[name] for name in names if name in os.environ}
-    # On CPUs each replica takes one, and Ray Data's other stages need some, too.
+    # Each replica takes a CPU, and Ray Data's other stages need some, too.
     options = {"num_cpus": args.num_replicas + 2} if args.cpu else {}
     ray.init(runtime_env={"env_vars": variables}, **options)
 
     config = vLLMEngineProcessorConfig(
         model_source=args.model,
         engine_kwargs={
-            # All that LayerSkip needs. E and K come from the checkpoint; state them as
-            # "exit_layer" and "num_speculative_tokens" if it has none.
+            # All that LayerSkip needs. E and K come from the checkpoint; if it names none, add
+            # "exit_layer" and "num_speculative_tokens" here.
             "speculative_config": {"method": "layerskip"},
             "tensor_parallel_size": args.tensor_parallel_size,
             **({"dtype": "float32", "enforce_eager": True} if args.cpu else {}),

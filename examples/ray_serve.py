@@ -76,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    # On this machine's CPUs the API's own processes need some beside the replicas.
+    # On this machine the API's own processes need CPUs, too, besides the replicas'.
     local = args.cpu and args.ray_address is None
     ray.init(address=args.ray_address, **({"num_cpus": 2 * args.num_replicas + 4} if local else {}))
     serve.start(http_options={"host": "127.0.0.1", "port": args.port})

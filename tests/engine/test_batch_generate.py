@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm-layerskip generate`: answers are one engine's, whoever runs them and whatever dies."""
+"""`vllm-layerskip generate`: answers are plain vLLM's, on one engine or many, and after kills."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import pytest
 from checkpoints import EMBEDDED
 
 MAX_TOKENS = 20
+EXIT_LAYER, NUM_DRAFTS = 6, 2
+"""Not the checkpoint's, which are 3 and 5."""
 FLAGS = [
     "--model", str(EMBEDDED), "--max-tokens", str(MAX_TOKENS), "--token-ids", "--ignore-eos",
     "--engine-args", json.dumps({
@@ -80,6 +82,22 @@ def test_one_engine(tmp_path, prompts, expected):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["acceptance_length"] > 1.5
     assert summary["num_output_tokens"] == len(prompts) * MAX_TOKENS
+
+
+def test_exit_layer_and_number_of_drafts_of_the_command_line(tmp_path, prompts, expected):
+    _write_input(tmp_path / "in.jsonl", prompts)
+    options = ["--exit-layer", str(EXIT_LAYER), "--num-speculative-tokens", str(NUM_DRAFTS)]
+    _generate(tmp_path, *options)
+    _check(tmp_path, expected)
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings["speculative_config"] == {
+        "method": "layerskip",
+        "exit_layer": EXIT_LAYER,
+        "num_speculative_tokens": NUM_DRAFTS,
+    }
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    # Some drafts are accepted, and never more than were asked for.
+    assert 1.5 < summary["acceptance_length"] <= 1 + NUM_DRAFTS
 
 
 def _wait_for_answers(folder: Path, process: subprocess.Popen, number: int) -> None:

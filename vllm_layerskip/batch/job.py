@@ -1,50 +1,71 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A job: rows without an answer go to the engines, answers to the journal, all to the output."""
+"""A job: engines answer the rows that have no answer yet, the journal keeps the answers, and the
+output file gets all of them."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from vllm_layerskip.batch.folder import SUMMARY
 from vllm_layerskip.batch.output import Answer, Journal, output_record, write_output
-from vllm_layerskip.batch.rows import Row, read_rows
+from vllm_layerskip.batch.rows import PromptRow, read_rows
+from vllm_layerskip.files.whole import write_json
 
-Generate = Callable[[Iterable[Row]], Iterator[Answer]]
+Generate = Callable[[Iterable[PromptRow]], Iterator[Answer]]
 """Answers rows, each once, in any order."""
 
 
 @dataclass(frozen=True)
+class Job:
+    """The rows to answer and the file to write."""
+
+    files: Sequence[Path]
+    defaults: Mapping[str, Any]
+    """Sampling parameters of rows that do not set them."""
+    output: Path
+    """The file to write; its folder is the job's, claimed."""
+    with_token_ids: bool = False
+
+    def rows(self) -> Iterator[PromptRow]:
+        """All rows of the input; see ``read_rows``."""
+        return read_rows(self.files, self.defaults)
+
+
+@dataclass(frozen=True)
 class Summary:
-    """What a run did. Answers of earlier runs of the job count in the first three."""
+    """What a run did. The first three count answers of the job's earlier runs, too."""
 
     num_rows: int
     num_errors: int
     num_output_tokens: int
     num_rows_of_this_run: int
     seconds: float
-    """Of this run, the engines' start included."""
+    """Of this run, with the start of the engines."""
     output_tokens_per_s: float
     """Of this run."""
     acceptance_length: float | None
-    """Mean tokens a verification, of this run; None where nothing is drafted, or Ray runs it."""
+    """Mean tokens per verification, of this run; None if nothing is drafted, or with Ray."""
 
 
 @dataclass
 class _Tally:
-    """Of the answers of this run."""
+    """Sums over answers."""
 
     num_rows: int = 0
+    num_errors: int = 0
     num_tokens: int = 0
     num_drafts: int = 0
     num_accepted_tokens: int = 0
 
     def add(self, answer: Answer) -> None:
         self.num_rows += 1
-        self.num_tokens += _num_tokens(answer)
+        self.num_errors += answer.error is not None
+        self.num_tokens += len(answer.token_ids or ())
         self.num_drafts += answer.num_drafts or 0
         self.num_accepted_tokens += answer.num_accepted_tokens or 0
 
@@ -55,93 +76,73 @@ class _Tally:
         return round(1 + self.num_accepted_tokens / self.num_drafts, 3)
 
 
-def run(
-    files: Sequence[Path],
-    defaults: Mapping[str, Any],
-    folder: Path,
-    output: Path,
-    with_token_ids: bool,
-    generate: Generate,
-) -> Summary:
+def run(job: Job, generate: Generate) -> Summary:
     """Do what is left of a job.
 
-    Args:
-        defaults: sampling parameters of rows that do not set them.
-        folder: the job's, claimed.
-        output: the file to write, in ``folder``.
-
     Raises:
-        UserError: the input cannot be read, or has two rows of one id.
+        UserError: the input cannot be read, or two of its rows have the same id.
         RuntimeError: the engines left rows without an answer.
     """
-    from tqdm import tqdm
-
     start = time.perf_counter()
-    # One pass finds what concerns the input as a whole before an engine is started.
-    num_rows = sum(1 for _ in read_rows(files, defaults))
+    folder, total = job.output.parent, _Tally()
+    # One pass finds what is wrong with the input as a whole before an engine is started.
+    num_rows = sum(1 for _ in job.rows())
     with Journal(folder) as journal:
-        tally = _Tally()
-        with tqdm(total=num_rows, initial=len(journal.offsets), unit="row") as progress:
-            for answer in _answers(files, defaults, journal, generate):
-                journal.add(answer)
-                tally.add(answer)
-                progress.update()
-        left = num_rows - len(journal.offsets)
-        if left:
-            raise RuntimeError(
-                f"{left} of {num_rows} rows have no answer, though the engines ended. Run the same "
-                "command again to go on with them."
-            )
-        counts = [0, 0]
-        write_output(output, _records(files, defaults, journal, with_token_ids, counts))
+        this_run = _complete(journal, job, num_rows, generate)
+        write_output(job.output, _records(job, journal, total))
     seconds = time.perf_counter() - start
     summary = Summary(
         num_rows=num_rows,
-        num_errors=counts[0],
-        num_output_tokens=counts[1],
-        num_rows_of_this_run=tally.num_rows,
+        num_errors=total.num_errors,
+        num_output_tokens=total.num_tokens,
+        num_rows_of_this_run=this_run.num_rows,
         seconds=round(seconds, 3),
-        output_tokens_per_s=round(tally.num_tokens / seconds, 3),
-        acceptance_length=tally.acceptance_length,
+        output_tokens_per_s=round(this_run.num_tokens / seconds, 3),
+        acceptance_length=this_run.acceptance_length,
     )
-    (folder / "summary.json").write_text(json.dumps(asdict(summary), indent=1) + "\n")
+    write_json(folder / SUMMARY, asdict(summary))
     journal.path.unlink()
     return summary
 
 
-def _answers(
-    files: Sequence[Path], defaults: Mapping[str, Any], journal: Journal, generate: Generate
-) -> Iterator[Answer]:
-    """Of all rows that have none: at once for wrong ones, from the engines for the rest."""
-    done = set(journal.offsets)
-    for row in read_rows(files, defaults):
+def _complete(journal: Journal, job: Job, num_rows: int, generate: Generate) -> _Tally:
+    """Add the missing answers to the journal, with a progress bar on stderr.
+
+    Raises:
+        RuntimeError: the engines left rows without an answer.
+    """
+    from tqdm import tqdm
+
+    tally = _Tally()
+    with tqdm(total=num_rows, initial=len(journal.offsets), unit="row") as progress:
+        for answer in _answers(job, set(journal.offsets), generate):
+            journal.add(answer)
+            tally.add(answer)
+            progress.update()
+    left = num_rows - len(journal.offsets)
+    if left:
+        raise RuntimeError(
+            f"{left} of {num_rows} rows have no answer, though the engines ended. Run the same "
+            "command again to go on with them."
+        )
+    return tally
+
+
+def _answers(job: Job, done: set[int], generate: Generate) -> Iterator[Answer]:
+    """Answers to all rows that are not done: wrong rows at once, the rest from the engines."""
+    for row in job.rows():
         if row.index not in done and row.error is not None:
             yield Answer(row.index, error=row.error)
-    rows = (r for r in read_rows(files, defaults) if r.index not in done and r.error is None)
+    rows = (row for row in job.rows() if row.index not in done and row.error is None)
+    # No engine is started for no row.
     first = next(rows, None)
     if first is not None:
-
-        def left() -> Iterator[Row]:
-            yield first
-            yield from rows
-
-        yield from generate(left())
+        yield from generate(chain([first], rows))
 
 
-def _records(
-    files: Sequence[Path],
-    defaults: Mapping[str, Any],
-    journal: Journal,
-    with_token_ids: bool,
-    counts: list[int],
-) -> Iterator[dict[str, Any]]:
-    """The output's rows in the input's order; counts errors and tokens."""
-    for row in read_rows(files, defaults):
+def _records(job: Job, journal: Journal, total: _Tally) -> Iterator[dict[str, Any]]:
+    """The output's rows in the input's order; adds their answers to ``total``."""
+    for row in job.rows():
         answer = journal.answer(row.index)
-        counts[0] += answer.error is not None
-        counts[1] += _num_tokens(answer)
-        yield output_record(row.id, row.columns, answer, with_token_ids)
-
-
-def _num_tokens(answer: Answer) -> int:
-    return len(answer.token_ids or ())
+        total.add(answer)
+        yield output_record(row.id, row.columns, answer, job.with_token_ids)

@@ -4,44 +4,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import Any
 
 from vllm_layerskip.batch.output import Answer
-from vllm_layerskip.batch.rows import Row
+from vllm_layerskip.batch.rows import PromptRow
 from vllm_layerskip.batch.settings import JobSettings
 
 
-def answers(rows: Iterable[Row], settings: JobSettings) -> Iterator[Answer]:
+def answers(rows: Iterable[PromptRow], settings: JobSettings) -> Iterator[Answer]:
     """Generate for all rows; answers come in the order in which they end.
 
     The engine always has twice as many requests as it runs at once, so that no place is empty while
     there are rows, and no more than these are in memory.
     """
     from vllm import LLM
-    from vllm.exceptions import VLLMClientError
 
     llm = LLM(**engine_arguments(settings))
     engine = llm.llm_engine
-    tokenizer = None
-    num_ahead = 2 * engine.vllm_config.scheduler_config.max_num_seqs
-    waiting, pending = iter(rows), 0
+    max_pending = 2 * engine.vllm_config.scheduler_config.max_num_seqs
+    waiting, num_pending = iter(rows), 0
     while True:
-        for row in islice(waiting, num_ahead - pending):
-            if row.messages is not None and tokenizer is None:
-                tokenizer = llm.get_tokenizer()
-            try:
-                _add(engine, tokenizer, row)
-            except (VLLMClientError, ValueError, TypeError) as error:
-                # What vLLM says of a request that it cannot serve, such as a prompt too long.
-                yield Answer(row.index, error=f"{type(error).__name__}: {error}")
+        while num_pending < max_pending and (row := next(waiting, None)) is not None:
+            refusal = _add(llm, row)
+            if refusal is None:
+                num_pending += 1
             else:
-                pending += 1
-        if pending == 0:
+                yield refusal
+        if num_pending == 0:
             break
         for output in engine.step():
             if output.finished:
-                pending -= 1
+                num_pending -= 1
                 yield _answer(output)
     engine.engine_core.shutdown()
 
@@ -55,8 +48,8 @@ def engine_arguments(settings: JobSettings) -> dict[str, Any]:
     return arguments
 
 
-def prompt_of(row: Row, tokenizer: Any) -> Any:
-    """What vLLM takes as the row's prompt.
+def prompt_of(row: PromptRow, tokenizer: Any) -> Any:
+    """The row's prompt, as vLLM takes it.
 
     Raises:
         ValueError: the chat template refuses the messages.
@@ -70,8 +63,8 @@ def prompt_of(row: Row, tokenizer: Any) -> Any:
     return TextPrompt(prompt=row.prompt)
 
 
-def chat_token_ids(row: Row, tokenizer: Any) -> list[int]:
-    """A chat's tokens, by the tokenizer's template.
+def chat_token_ids(row: PromptRow, tokenizer: Any) -> list[int]:
+    """A chat's tokens, from the tokenizer's template.
 
     Raises:
         ValueError: there is no template, or it refuses the messages.
@@ -81,18 +74,29 @@ def chat_token_ids(row: Row, tokenizer: Any) -> list[int]:
             list(row.messages or ()), tokenize=False, add_generation_prompt=True
         )
     except Exception as error:
-        # Jinja's errors, KeyError, TypeError: whatever the template does with odd messages.
+        # A template is a program: odd messages end in Jinja's errors, KeyError, TypeError...
         raise ValueError(f"messages: {type(error).__name__}: {error}") from None
     # A template writes its own special tokens.
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _add(engine: Any, tokenizer: Any, row: Row) -> None:
+def _add(llm: Any, row: PromptRow) -> Answer | None:
+    """Give a row to the engine.
+
+    Returns:
+        None, or an answer with vLLM's error if it cannot serve the row (the prompt is too long...).
+    """
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMClientError
     from vllm.sampling_params import RequestOutputKind
 
-    params = SamplingParams(**row.sampling_params, output_kind=RequestOutputKind.FINAL_ONLY)
-    engine.add_request(str(row.index), prompt_of(row, tokenizer), params)
+    try:
+        prompt = prompt_of(row, None if row.messages is None else llm.get_tokenizer())
+        params = SamplingParams(**row.sampling_params, output_kind=RequestOutputKind.FINAL_ONLY)
+        llm.llm_engine.add_request(str(row.index), prompt, params)
+    except (VLLMClientError, ValueError, TypeError) as error:
+        return Answer(row.index, error=f"{type(error).__name__}: {error}")
+    return None
 
 
 def _answer(output: Any) -> Answer:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers on their way to the output file.
 
-An answer is a line of ``answers.partial.jsonl`` as soon as it is there, in the order in which
-answers come. A line that a crash cut off is dropped, and its row runs again. When every row has its
-line, the output file is written in the order of the input, under another name until it is whole.
+Each answer becomes a line of ``answers.partial.jsonl`` when it comes. A line that a crash cut off
+is dropped, and its row runs again. When every row has its line, the output file is written whole,
+in the order of the input.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-PARTIAL = "answers.partial.jsonl"
+from vllm_layerskip.batch.folder import ANSWERS
+from vllm_layerskip.files.whole import whole_file
+
 _SYNC_EVERY_S = 1.0
 
 
@@ -36,10 +38,10 @@ class Answer:
 
 
 class Journal:
-    """The answers so far. One process writes it."""
+    """The answers so far, in a file that one process writes."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / PARTIAL
+        self.path = folder / ANSWERS
         self.offsets: dict[int, int] = {}
         """Where the line of each row begins."""
         end = 0
@@ -66,12 +68,12 @@ class Journal:
         """Keep an answer.
 
         Raises:
-            ValueError: the row has one.
+            ValueError: the row has one already.
         """
         if answer.index in self.offsets:
             raise ValueError(f"Row {answer.index} has got a second answer.")
         self.offsets[answer.index] = self._file.tell()
-        self._file.write(json.dumps(asdict(answer), ensure_ascii=False).encode() + b"\n")
+        self._file.write(_json_line(asdict(answer)))
         self._file.flush()
         if time.monotonic() - self._synced > _SYNC_EVERY_S:
             self._sync()
@@ -92,7 +94,7 @@ class Journal:
 def output_record(
     row_id: str | int, columns: Mapping[str, Any], answer: Answer, with_token_ids: bool
 ) -> dict[str, Any]:
-    """A row of the output. Columns of the input that are called like one of ours give way."""
+    """A row of the output. Our columns replace the input's columns of the same names."""
     record = {
         **columns,
         "id": row_id,
@@ -107,28 +109,32 @@ def output_record(
     return record
 
 
-def write_output(path: Path, records: Iterator[dict[str, Any]]) -> None:
+def write_output(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write all records, as JSON lines or Parquet by the name's ending; whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    if path.suffix == ".parquet":
-        _write_parquet(unfinished, records)
-    else:
-        with unfinished.open("w", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    with unfinished.open("rb+") as file:
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    with whole_file(path) as draft:
+        if path.suffix == ".parquet":
+            _write_parquet(draft, records)
+        else:
+            with draft.open("wb") as lines:
+                lines.writelines(map(_json_line, records))
 
 
-def _write_parquet(path: Path, records: Iterator[dict[str, Any]]) -> None:
+def _json_line(record: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        # Half of a surrogate pair, which JSON can escape, but UTF-8 cannot hold.
+        return json.dumps(record).encode() + b"\n"
+
+
+def _write_parquet(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    # Of all records, since columns may first have a value in the last one.
+    # All records at once, since a column may have its first value in the last one.
     parquet.write_table(pyarrow.Table.from_pylist(_same_columns(list(records))), path)
 
 
-def _same_columns(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _same_columns(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     names = dict.fromkeys(name for record in records for name in record)
     return [{name: record.get(name) for name in names} for record in records]

@@ -3,87 +3,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Text = Annotated[str, Field(min_length=1)]
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """One of vLLM's ``SamplingParams`` that a row may set."""
+class SamplingParameters(BaseModel):
+    """Those of vLLM's ``SamplingParams`` that a row may set; each description is the valid set.
 
-    default: Any
-    valid: str
-    is_valid: Callable[[Any], bool]
+    They are what vLLM allows with speculation: it refuses ``min_p`` and ``logit_bias``.
+    """
 
+    model_config = ConfigDict(strict=True, extra="forbid")
 
-def _number(low: float, high: float = float("inf")) -> Callable[[Any], bool]:
-    return lambda value: (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-    )
-
-
-def _integer(low: int) -> Callable[[Any], bool]:
-    return lambda value: (
-        isinstance(value, int) and not isinstance(value, bool) and value >= low
-    )  # fmt: skip
-
-
-def _list_of(kind: type) -> Callable[[Any], bool]:
-    def is_valid(value: Any) -> bool:
-        return isinstance(value, list) and all(type(item) is kind and item != "" for item in value)
-
-    return is_valid
+    temperature: float = Field(0.0, ge=0, description="a number of at least 0")
+    top_p: float = Field(1.0, ge=1e-9, le=1, description="a number above 0, at most 1")
+    top_k: int = Field(0, ge=0, description="an integer of at least 0; 0 for all tokens")
+    max_tokens: int = Field(256, ge=1, description="an integer of at least 1")
+    min_tokens: int = Field(0, ge=0, description="an integer of at least 0")
+    stop: list[Text] | None = Field(None, description="a list of texts, none of them empty")
+    stop_token_ids: list[int] | None = Field(None, description="a list of token ids")
+    ignore_eos: bool = Field(False, description="true or false")
+    seed: int | None = Field(None, ge=-(2**63), description="an integer")
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
+    repetition_penalty: float = Field(1.0, ge=1e-9, description="a number above 0")
 
 
-def _optional(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or is_valid(value)
-
-
-PARAMETERS: dict[str, Parameter] = {
-    "temperature": Parameter(0.0, "a number of at least 0", _number(0)),
-    "top_p": Parameter(1.0, "a number above 0, at most 1", _number(1e-9, 1)),
-    "top_k": Parameter(0, "an integer of at least 0; 0 for all tokens", _integer(0)),
-    "max_tokens": Parameter(256, "an integer of at least 1", _integer(1)),
-    "min_tokens": Parameter(0, "an integer of at least 0", _integer(0)),
-    "stop": Parameter(None, "a list of texts", _optional(_list_of(str))),
-    "stop_token_ids": Parameter(None, "a list of token ids", _optional(_list_of(int))),
-    "ignore_eos": Parameter(False, "true or false", lambda value: isinstance(value, bool)),
-    "seed": Parameter(None, "an integer", _optional(_integer(-(2**63)))),
-    "presence_penalty": Parameter(0.0, "a number from -2 to 2", _number(-2, 2)),
-    "frequency_penalty": Parameter(0.0, "a number from -2 to 2", _number(-2, 2)),
-    "repetition_penalty": Parameter(1.0, "a number above 0", _number(1e-9)),
-}
-"""What vLLM allows with speculation; `min_p` and `logit_bias` it refuses."""
-
-
-def merged(defaults: Mapping[str, Any], own: Any) -> dict[str, Any]:
+def merged(
+    defaults: Mapping[str, Any], own: Any, source: str = "sampling_params"
+) -> dict[str, Any]:
     """All parameters of a row.
 
-    Every row has the same keys: Ray Data stores rows in columns, and a key that only some rows had
+    Every row has the same keys: Ray Data stores rows in columns, so a key that only some rows had
     would reach the others as None.
 
     Args:
         defaults: for all rows.
         own: the row's ``sampling_params``; None for none.
+        source: where the values come from, for messages.
 
     Raises:
         ValueError: a parameter is unknown or has no valid value; the message names it.
     """
     if own is not None and not isinstance(own, Mapping):
-        raise ValueError(f"sampling_params must be an object, not {own!r}.")
-    values = {name: parameter.default for name, parameter in PARAMETERS.items()}
-    for name, value in {**defaults, **(own or {})}.items():
-        if name not in PARAMETERS:
-            raise ValueError(
-                f"sampling_params: {name!r} is not supported. Valid are {', '.join(PARAMETERS)}."
-            )
-        if not PARAMETERS[name].is_valid(value):
-            raise ValueError(f"sampling_params: {name}={value!r} must be {PARAMETERS[name].valid}.")
-        values[name] = value
+        raise ValueError(f"{source} must be an object, not {own!r}.")
+    given = {**defaults, **(own or {})}
+    try:
+        values = SamplingParameters.model_validate(given).model_dump()
+    except ValidationError as error:
+        raise ValueError(f"{source}: {_problem(given, error)}") from None
     if values["min_tokens"] > values["max_tokens"]:
         raise ValueError(
-            f"sampling_params: min_tokens={values['min_tokens']} must be at most "
+            f"{source}: min_tokens={values['min_tokens']} must be at most "
             f"max_tokens={values['max_tokens']}."
         )
     return values
+
+
+def _problem(given: Mapping[str, Any], error: ValidationError) -> str:
+    fields = SamplingParameters.model_fields
+    unknown = next((name for name in given if name not in fields), None)
+    if unknown is not None:
+        return f"{unknown!r} is not supported. Valid are {', '.join(fields)}."
+    name = str(error.errors(include_url=False)[0]["loc"][0])
+    return f"{name}={given[name]!r} must be {fields[name].description}."

@@ -2,9 +2,9 @@
 """Answers from several engines: Ray Data's LLM processor with the plugin.
 
 Ray Data places the replicas, hands them rows, restarts a replica that died and runs its unfinished
-rows again. Answers come back to this process, which alone writes: so a row that ran twice is kept
-once, and whatever has been written survives the job. Rows pass through as one column of JSON, since
-Ray Data stores rows in columns and would give every row every other row's keys.
+rows again. Answers come back to this process. It alone writes, so a row that ran twice is kept
+once, and what has been written survives the job. Rows travel as one column of JSON: Ray Data stores
+rows in columns and would give every row every other row's keys.
 """
 
 from __future__ import annotations
@@ -12,33 +12,24 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from vllm_layerskip.batch.one_engine import chat_token_ids
 from vllm_layerskip.batch.output import Answer
-from vllm_layerskip.batch.rows import Row
-from vllm_layerskip.batch.settings import JobSettings
+from vllm_layerskip.batch.rows import PromptRow
+from vllm_layerskip.batch.settings import JobSettings, RayCluster
 from vllm_layerskip.errors import UserError
+from vllm_layerskip.files.tokenizers import load_tokenizer
 
 _OTHER_CPUS = 2
+"""For Ray Data's own stages; without them all replicas would wait forever."""
 _HANDED_ON = ("TRITON_", "VLLM_", "OMP_", "HF_", "LAYERSKIP_", "TOKENIZERS_")
 _OF_THIS_MACHINE = ("_IP", "_PORT", "_RANK", "_HOME", "_CACHE", "_ROOT", "_DIR")
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """Where replicas run."""
-
-    num_replicas: int
-    address: str | None = None
-    """Of a Ray cluster; None starts or finds one on this machine."""
-    device: str = "cuda"
-    rows_per_task: int = 16
-    """Rows that a replica gets, and would run again, at once."""
-
-
-def answers(rows: Iterable[Row], settings: JobSettings, cluster: Cluster) -> Iterator[Answer]:
+def answers(
+    rows: Iterable[PromptRow], settings: JobSettings, cluster: RayCluster
+) -> Iterator[Answer]:
     """Generate for all rows on the cluster's replicas.
 
     Raises:
@@ -46,33 +37,41 @@ def answers(rows: Iterable[Row], settings: JobSettings, cluster: Cluster) -> Ite
     """
     try:
         import ray
-        from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+        import ray.data.llm  # noqa: F401
     except ImportError as error:
         raise UserError(
             f"--num-replicas {cluster.num_replicas}: Ray Data's LLM processor cannot be imported "
             f"({error}). Install the extra: pip install 'vllm-layerskip[ray]'"
         ) from None
-    _join(cluster, settings)
+    try:
+        _join_ray(cluster, settings)
+        requests, refused = _requests(rows, settings.model)
+        yield from refused
+        if requests:
+            yield from _answers_of_replicas(requests, settings, cluster)
+    finally:
+        ray.shutdown()
+
+
+def _answers_of_replicas(
+    requests: list[dict[str, Any]], settings: JobSettings, cluster: RayCluster
+) -> Iterator[Answer]:
+    import ray
+    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
     processor = build_processor(
         vLLMEngineProcessorConfig(**processor_arguments(settings, cluster)),
         preprocess=_to_request,
         postprocess=_to_result,
     )
-    requests, refused = _requests(rows, settings.model)
-    yield from refused
-    if not requests:
-        return
-    # Blocks of the size of a task: a replica's loss costs no more than its tasks.
+    # A block for each task: the loss of a replica costs no more than its tasks.
     num_blocks = -(-len(requests) // cluster.rows_per_task)
-    dataset = ray.data.from_items(requests, override_num_blocks=min(num_blocks, len(requests)))
-    try:
-        for result in processor(dataset).iter_rows():
-            yield _answer(result)
-    finally:
-        ray.shutdown()
+    dataset = ray.data.from_items(requests, override_num_blocks=num_blocks)
+    for result in processor(dataset).iter_rows():
+        yield _answer(result)
 
 
-def _join(cluster: Cluster, settings: JobSettings) -> None:
+def _join_ray(cluster: RayCluster, settings: JobSettings) -> None:
     """Start or join Ray.
 
     Raises:
@@ -83,7 +82,6 @@ def _join(cluster: Cluster, settings: JobSettings) -> None:
     variables = handed_on(os.environ)
     options: dict[str, Any] = {}
     if cluster.device == "cpu" and cluster.address is None:
-        # Ray Data's own stages need CPUs beside those of the replicas, or all would wait forever.
         options["num_cpus"] = cluster.num_replicas + _OTHER_CPUS
     try:
         ray.init(
@@ -99,7 +97,7 @@ def _join(cluster: Cluster, settings: JobSettings) -> None:
 
 
 def handed_on(variables: Mapping[str, str]) -> dict[str, str]:
-    """This process's settings for the replicas, but no addresses and folders of this machine."""
+    """Environment variables for the replicas, without addresses and folders of this machine."""
     return {
         name: value
         for name, value in variables.items()
@@ -107,11 +105,11 @@ def handed_on(variables: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def check_room(resources: Mapping[str, float], cluster: Cluster, settings: JobSettings) -> None:
-    """See that all replicas can be placed.
+def check_room(resources: Mapping[str, float], cluster: RayCluster, settings: JobSettings) -> None:
+    """See that the cluster has room for all replicas; else Ray would wait for nodes forever.
 
     Raises:
-        UserError: they cannot; Ray would wait for more nodes forever.
+        UserError: it has not.
     """
     size = int(settings.engine_args.get("tensor_parallel_size", 1))
     kind, spare = ("CPU", 1) if cluster.device == "cpu" else ("GPU", 0)
@@ -123,7 +121,7 @@ def check_room(resources: Mapping[str, float], cluster: Cluster, settings: JobSe
         )
 
 
-def processor_arguments(settings: JobSettings, cluster: Cluster) -> dict[str, Any]:
+def processor_arguments(settings: JobSettings, cluster: RayCluster) -> dict[str, Any]:
     """Arguments of Ray Data's ``vLLMEngineProcessorConfig``."""
     engine = dict(settings.engine_args)
     if settings.speculative_config is not None:
@@ -131,11 +129,11 @@ def processor_arguments(settings: JobSettings, cluster: Cluster) -> dict[str, An
     arguments: dict[str, Any] = {
         "model_source": settings.model,
         "engine_kwargs": engine,
-        # The engine does both; its own tokenizer is the model's.
+        # The engine tokenizes and detokenizes, with the model's tokenizer.
         "chat_template_stage": False,
         "tokenize_stage": False,
         "detokenize_stage": False,
-        # A pool of exactly this many: an engine takes long to start.
+        # Ray Data keeps exactly this many: an engine takes long to start.
         "concurrency": (cluster.num_replicas, cluster.num_replicas),
         "batch_size": cluster.rows_per_task,
         "should_continue_on_error": True,
@@ -145,16 +143,14 @@ def processor_arguments(settings: JobSettings, cluster: Cluster) -> dict[str, An
     return arguments
 
 
-def _requests(rows: Iterable[Row], model: str) -> tuple[list[dict[str, Any]], list[Answer]]:
-    """What the replicas get, and the answers of rows that they need not see."""
+def _requests(rows: Iterable[PromptRow], model: str) -> tuple[list[dict[str, Any]], list[Answer]]:
+    """Requests for the replicas, and errors of rows whose chat has no prompt."""
     requests, refused, tokenizer = [], [], None
     for row in rows:
         token_ids = row.prompt_token_ids
         if row.messages is not None:
             if tokenizer is None:
-                from transformers import AutoTokenizer
-
-                tokenizer = AutoTokenizer.from_pretrained(model)
+                tokenizer = load_tokenizer(model, "--model")
             try:
                 token_ids = tuple(chat_token_ids(row, tokenizer))
             except ValueError as error:
@@ -194,8 +190,7 @@ def _answer(result: Mapping[str, Any]) -> Answer:
         index=index,
         text=result["generated_text"],
         token_ids=token_ids,
-        # Ray Data does not hand vLLM's on. An answer that ends at its limit by chance counts as
-        # cut.
+        # Ray Data drops vLLM's reason. An answer that ends just at its limit counts as cut.
         finish_reason="length" if len(token_ids) >= params["max_tokens"] else "stop",
         num_prompt_tokens=int(result["num_input_tokens"]),
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of an input file, checked one by one: a bad row becomes an error, not the end of the job.
+"""Rows of an input file, checked one by one. A bad row gets an error; the job goes on.
 
 A row has ``prompt`` (text), ``prompt_token_ids`` or ``messages`` (a chat); optionally an ``id`` (or
 ``custom_id``), and ``sampling_params``. Its other columns are handed through.
@@ -15,6 +15,7 @@ from typing import Any
 
 from vllm_layerskip.batch.parameters import merged
 from vllm_layerskip.errors import UserError
+from vllm_layerskip.files.jsonl import json_value
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
 ID_KEYS = ("id", "custom_id")
@@ -22,14 +23,14 @@ SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One request, or what is wrong with it."""
+class PromptRow:
+    """One request, or what is wrong with it (``error``)."""
 
     index: int
     """Place in the input, over all files."""
     id: str | int
     columns: Mapping[str, Any] = field(default_factory=dict)
-    """What is handed through to the output."""
+    """Handed through to the output."""
     prompt: str | None = None
     prompt_token_ids: tuple[int, ...] | None = None
     messages: tuple[Mapping[str, Any], ...] | None = None
@@ -38,19 +39,14 @@ class Row:
 
 
 def input_files(paths: Sequence[str | Path]) -> list[Path]:
-    """The files that are meant: files, the known ones of folders, or of a pattern, in order.
+    """The files that paths, folders and patterns name, in a fixed order.
 
     Raises:
-        UserError: nothing is there, or a file is of an unknown kind.
+        UserError: a path names no file, or a file is of an unknown kind.
     """
     files: list[Path] = []
     for path in map(Path, paths):
-        if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
-        elif any(letter in path.name for letter in "*?["):
-            found = sorted(path.parent.glob(path.name))
-        else:
-            found = [path] if path.is_file() else []
+        found = _files_at(path)
         if not found:
             raise UserError(
                 f"--input {path}: there is no such file. Give a file, a folder or a pattern of "
@@ -60,13 +56,21 @@ def input_files(paths: Sequence[str | Path]) -> list[Path]:
     for file in files:
         if file.suffix not in SUFFIXES:
             raise UserError(
-                f"--input {file}: what kind of file is this? Its name must end with "
+                f"--input {file}: unknown kind of file. Its name must end with "
                 f"{', '.join(SUFFIXES)}. Rename or convert it."
             )
     return files
 
 
-def read_rows(files: Sequence[Path], defaults: Mapping[str, Any]) -> Iterator[Row]:
+def _files_at(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+    if any(letter in path.name for letter in "*?["):
+        return sorted(path.parent.glob(path.name))
+    return [path] if path.is_file() else []
+
+
+def read_rows(files: Sequence[Path], defaults: Mapping[str, Any]) -> Iterator[PromptRow]:
     """All rows, in order.
 
     Args:
@@ -88,7 +92,7 @@ def read_rows(files: Sequence[Path], defaults: Mapping[str, Any]) -> Iterator[Ro
 
 
 def _records(files: Sequence[Path]) -> Iterator[tuple[str, Any]]:
-    """Each record, or the error that it is, with its place."""
+    """Each record with its place; a ValueError for a line that is no JSON."""
     for file in files:
         try:
             if file.suffix == ".parquet":
@@ -105,9 +109,9 @@ def _json_records(file: Path) -> Iterator[tuple[str, Any]]:
             if not line.strip():
                 continue
             try:
-                record: Any = json.loads(line)
-            except ValueError as error:
-                record = ValueError(f"{file.name}, line {number}: this is no JSON ({error}).")
+                record = json_value(line, f"{file.name}, line {number}")
+            except UserError as error:
+                record = ValueError(str(error))
             yield f"{file}, line {number}", record
 
 
@@ -125,26 +129,26 @@ def _parquet_records(file: Path) -> Iterator[tuple[str, Any]]:
         number = 0
         for batch in table.iter_batches(batch_size=1024):
             for record in batch.to_pylist():
-                # A column that a row does not have is None in Parquet.
+                # Parquet has None where a row does not have a column.
                 yield f"{file}, row {number}", {k: v for k, v in record.items() if v is not None}
                 number += 1
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"--input {file}: this is no Parquet file ({error}).") from None
 
 
-def checked_row(index: int, record: Any, defaults: Mapping[str, Any]) -> Row:
-    """A row of a record; its ``error`` says what is wrong with it, if anything is."""
+def checked_row(index: int, record: Any, defaults: Mapping[str, Any]) -> PromptRow:
+    """Check a record; the row's ``error`` says what is wrong with it, if anything is."""
     if isinstance(record, ValueError):
-        return Row(index, index, error=str(record))
+        return PromptRow(index, index, error=str(record))
     if not isinstance(record, Mapping):
-        return Row(index, index, error=f"a row must be a JSON object, not {record!r:.80}.")
+        return PromptRow(index, index, error=f"a row must be a JSON object, not {record!r:.80}.")
     own = {*PROMPT_KEYS, *ID_KEYS, "sampling_params"}
     columns = {name: value for name, value in record.items() if name not in own}
     given = next((record[key] for key in ID_KEYS if key in record), index)
     if not isinstance(given, (str, int)) or isinstance(given, bool):
-        return Row(index, index, columns, error=f"id={given!r} must be a text or an integer.")
+        return PromptRow(index, index, columns, error=f"id={given!r} must be a text or an integer.")
     try:
-        return Row(
+        return PromptRow(
             index,
             given,
             columns,
@@ -152,7 +156,7 @@ def checked_row(index: int, record: Any, defaults: Mapping[str, Any]) -> Row:
             sampling_params=merged(defaults, record.get("sampling_params")),
         )
     except ValueError as error:
-        return Row(index, given, columns, error=str(error))
+        return PromptRow(index, given, columns, error=str(error))
 
 
 def _prompt(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from typing import Any
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """A JSON object, such as ``--engine-args``.
+    """The type of an option that takes a JSON object, for argparse.
 
     Raises:
-        ArgumentTypeError: it is something else.
+        ArgumentTypeError: the text is something else.
     """
     try:
         value = json.loads(text)

@@ -2,8 +2,8 @@
 """The console script ``vllm-layerskip``: tools around a checkpoint, each a subcommand.
 
 A subcommand is a module of ``vllm_layerskip.commands`` with ``add_arguments(parser)`` and
-``run(args)``; list it in ``COMMANDS``. Importing it must be cheap: what is heavy (vLLM,
-torch, transformers) belongs into ``run``.
+``run(args)``; list it in ``COMMANDS``. Importing it must be cheap: ``run`` imports what is
+heavy (vLLM, torch, transformers).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand.
 
     Returns:
-        The exit status: 0, or 2 for a mistake of the user, which is explained in one line
-        on stderr. Any other error is a defect and keeps its traceback.
+        The exit status: 0; 2 for a mistake of the user, explained in one line on stderr; 130
+        after Ctrl-C. Any other error is a defect and keeps its traceback.
     """
     parser = build_parser()
     args = parser.parse_args(argv)

@@ -10,23 +10,29 @@ from typing import Any
 from vllm_layerskip.errors import UserError
 
 
-def json_value(line: str, where: str) -> Any:
+def json_value(line: str | bytes, where: str) -> Any:
     """The value of a line of a .jsonl file.
 
+    Args:
+        where: the file and line, for messages.
+
     Raises:
-        UserError: it is no JSON.
+        UserError: the line is no JSON.
     """
     try:
         return json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: this is no JSON ({error}).") from None
 
 
 def jsonl_text(line: str, where: str, text_field: str) -> str:
-    """The text of a line of a .jsonl file.
+    """The text of a line of a .jsonl file: its string, or the string in its ``text_field``.
+
+    Args:
+        where: the file and line, for messages.
 
     Raises:
-        UserError: it has none.
+        UserError: the line is no JSON or has no text.
     """
     value = json_value(line, where)
     text = value.get(text_field) if isinstance(value, dict) else value
@@ -39,7 +45,7 @@ def jsonl_text(line: str, where: str, text_field: str) -> str:
 
 
 def turns_of(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """The turns of a question as Spec-Bench has it (``turns``), none if it has another form.
+    """The turns of a question in Spec-Bench's form (``turns``); none if it has another form.
 
     Source: github.com/hemingkx/Spec-Bench, ``question.jsonl``.
     """
@@ -50,5 +56,5 @@ def turns_of(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def is_text(value: object) -> bool:
-    """Whether a value is a text that says something."""
+    """Whether a value is a string with more than white space."""
     return isinstance(value, str) and bool(value.strip())

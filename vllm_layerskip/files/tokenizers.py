@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokenizer of a checkpoint that a user names."""
+"""The tokenizer and stop tokens of a checkpoint that a user names."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from vllm_layerskip.errors import UserError, first_line
 
 
 def load_tokenizer(name: str, source: str, **options: Any) -> Any:
-    """transformers' tokenizer of ``name``, a folder or a name on the model hub.
+    """Load transformers' tokenizer of a checkpoint.
 
     Args:
+        name: a folder, or a name on the model hub.
         source: the option or key that holds the name, for messages.
         options: for ``AutoTokenizer.from_pretrained``.
 
     Raises:
-        UserError: there is none.
+        UserError: no tokenizer can be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -30,10 +31,11 @@ def load_tokenizer(name: str, source: str, **options: Any) -> Any:
 
 
 def stop_token_ids(name: str, otherwise: int | list[int] | None) -> tuple[int, ...]:
-    """What ends a checkpoint's answers, by its generation_config.json, in ascending order.
+    """The ids in a checkpoint's generation_config.json that end an answer, ascending.
 
     Args:
-        otherwise: the ids where the checkpoint has no such file.
+        name: a folder, or a name on the model hub.
+        otherwise: the ids if the checkpoint has no such file.
     """
     from transformers import GenerationConfig
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files and folders that are written whole or not at all.
 
-Whoever reads a path finds the old content or the new one, also after a crash in between.
+A reader of the path finds the old content or the new one, also after a crash.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ UNFINISHED = ".unfinished"
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A draft beside ``path`` to write to; it takes the place of ``path`` if no error is raised.
+    """Give a draft beside ``path`` to write to; without an error it replaces ``path``.
 
-    A file that was there before keeps its permissions.
+    The new file has the permissions of the old one. A process that is killed leaves its draft,
+    whose name ends with ``UNFINISHED``.
 
     Raises:
         OSError: the folder does not exist or cannot be written.
@@ -58,7 +59,10 @@ def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Move ``source`` to ``target`` on one file system; an older ``target`` goes."""
+    """Move ``source`` to ``target``, on the same file system; an older ``target`` is removed.
+
+    A crash may leave the older folder under a hidden name and no ``target``, never a part of one.
+    """
     if not target.exists():
         os.replace(source, target)
         return

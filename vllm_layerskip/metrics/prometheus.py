@@ -9,7 +9,7 @@ parallel ranks, in Ray's metrics too) and in ``LLM.get_metrics()``, labelled wit
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from vllm_layerskip import __version__
@@ -20,6 +20,24 @@ from vllm_layerskip.metrics.step_counts import StepCounts, take_step_counts
 PREFIX = "vllm_layerskip:"
 _LLM_ENGINE_MODULE = "vllm.v1.engine.llm_engine"
 _LOGGER = "_layerskip_logger"
+_LABELS = ("model_name", "engine")
+
+_VERIFY_STEPS = (
+    (
+        "num_verify_steps_reused",
+        "Verify steps that started from the drafts' exit states: the early stage ran for one "
+        "token per request.",
+    ),
+    ("num_verify_steps_full", "Verify steps that ran the early stage for every token."),
+)
+"""Name and documentation, in the order of ``StepCounts``."""
+
+_DRAFT_TOKENS = (
+    "num_draft_tokens_per_pos",
+    "Drafted tokens that were verified, by position. With a schedule of numbers of drafts, "
+    "vllm:spec_decode_num_accepted_tokens_per_pos divided by this is the acceptance rate of a "
+    "position.",
+)
 
 
 class LayerSkipStatLogger:
@@ -29,53 +47,37 @@ class LayerSkipStatLogger:
     """
 
     def __init__(self, vllm_config: Any, engine_indexes: list[int], prometheus_logger: Any) -> None:
-        config = vllm_config.speculative_config
-        model_name = vllm_config.model_config.served_model_name
-        labels = ["model_name", "engine"]
-        engines = {index: [model_name, str(index)] for index in engine_indexes}
-        self.num_speculative_tokens: int = config.num_speculative_tokens
-
-        def counter(name: str, documentation: str, *more: str) -> Any:
-            return prometheus_logger._counter_cls(
-                name=PREFIX + name, documentation=documentation, labelnames=[*labels, *more]
-            )
-
-        reused = counter(
-            "num_verify_steps_reused",
-            "Verify steps that started from the drafts' exit states: the early stage ran for "
-            "one token per request.",
-        )
-        full = counter(
-            "num_verify_steps_full",
-            "Verify steps that ran the early stage for every token.",
-        )
-        drafted = counter(
-            "num_draft_tokens_per_pos",
-            "Drafted tokens that were verified, by position. With a schedule of numbers of "
-            "drafts, vllm:spec_decode_num_accepted_tokens_per_pos divided by this is the "
-            "acceptance rate of a position.",
-            "position",
-        )
+        self.num_speculative_tokens: int = vllm_config.speculative_config.num_speculative_tokens
+        self._loggers = prometheus_logger
+        name = vllm_config.model_config.served_model_name
+        engines = {index: (name, str(index)) for index in engine_indexes}
+        steps = [self._counter(*series) for series in _VERIFY_STEPS]
         self.verify_steps = {
-            index: (reused.labels(*values), full.labels(*values))
-            for index, values in engines.items()
+            index: [counter.labels(*labels) for counter in steps]
+            for index, labels in engines.items()
         }
+        drafted = self._counter(*_DRAFT_TOKENS, "position")
+        positions = [str(position) for position in range(self.num_speculative_tokens)]
         self.draft_tokens = {
-            index: [
-                drafted.labels(*values, str(position))
-                for position in range(self.num_speculative_tokens)
-            ]
-            for index, values in engines.items()
+            index: [drafted.labels(*labels, position) for position in positions]
+            for index, labels in engines.items()
         }
-        info = config_info(vllm_config)
-        gauge = prometheus_logger._gauge_cls(
+        self._set_config_info(config_info(vllm_config), engines.values())
+
+    def _counter(self, name: str, documentation: str, *more_labels: str) -> Any:
+        return self._loggers._counter_cls(
+            name=PREFIX + name, documentation=documentation, labelnames=[*_LABELS, *more_labels]
+        )
+
+    def _set_config_info(self, info: dict[str, str], engines: Iterable[tuple[str, str]]) -> None:
+        gauge = self._loggers._gauge_cls(
             name=PREFIX + "config_info",
             documentation="The engine's LayerSkip settings, as labels; the value is 1.",
             multiprocess_mode="mostrecent",
-            labelnames=[*labels, *info],
+            labelnames=[*_LABELS, *info],
         )
-        for values in engines.values():
-            gauge.labels(*values, *info.values()).set(1)
+        for labels in engines:
+            gauge.labels(*labels, *info.values()).set(1)
 
     def record(self, counts: StepCounts, scheduler_stats: Any, engine_index: int) -> None:
         for counter, count in zip(self.verify_steps[engine_index], counts, strict=True):
@@ -175,26 +177,32 @@ def _get_metrics(original: Callable) -> Callable:
 
 
 def _snapshot() -> Iterator[Any]:
-    """Our series as vLLM's ``get_metrics`` gives its own, which must start with ``vllm:``."""
+    """Our series in the form of vLLM's ``get_metrics``, which reports names with ``vllm:`` only."""
     from prometheus_client import REGISTRY
-    from vllm.v1.metrics.reader import Counter, Gauge, Vector
+    from vllm.v1.metrics.reader import Counter, Gauge
 
     for metric in REGISTRY.collect():
         if not metric.name.startswith(PREFIX):
             continue
         # A counter also has the time of its creation.
         samples = [s for s in metric.samples if s.name in (metric.name, f"{metric.name}_total")]
-        if metric.name == PREFIX + "num_draft_tokens_per_pos":
-            vectors: dict[tuple[tuple[str, str], ...], list[int]] = {}
-            for sample in samples:
-                key = tuple((k, v) for k, v in sample.labels.items() if k != "position")
-                # In order of their positions, as they were made.
-                vectors.setdefault(key, []).append(int(sample.value))
-            for key, values in vectors.items():
-                yield Vector(name=metric.name, labels=dict(key), values=values)
+        if metric.name == PREFIX + _DRAFT_TOKENS[0]:
+            yield from _vectors(metric.name, samples)
         elif metric.type == "counter":
             for sample in samples:
                 yield Counter(name=metric.name, labels=sample.labels, value=int(sample.value))
         else:
             for sample in samples:
                 yield Gauge(name=metric.name, labels=sample.labels, value=sample.value)
+
+
+def _vectors(name: str, samples: Iterable[Any]) -> Iterator[Any]:
+    """One vector for each engine, its positions in the order in which they were made."""
+    from vllm.v1.metrics.reader import Vector
+
+    vectors: dict[tuple[tuple[str, str], ...], list[int]] = {}
+    for sample in samples:
+        labels = tuple((k, v) for k, v in sample.labels.items() if k != "position")
+        vectors.setdefault(labels, []).append(int(sample.value))
+    for labels, values in vectors.items():
+        yield Vector(name=name, labels=dict(labels), values=values)

@@ -98,19 +98,11 @@ def reject(
     USE_BLOCK_VERIFICATION: bool,
 ) -> None:
     """How many drafts of each row are accepted, and the tokens up to there."""
-    starts = cu_num_logits_ptr[:-1].long()
-    num_drafts = cu_num_logits_ptr.diff() - 1
     steps = torch.arange(sampled_ptr.shape[1] - 1)
-    exists = steps < num_drafts[:, None]
-    # [R, K] logits and drafts; those that do not exist point at any.
-    rows = torch.where(exists, starts[:, None] + steps, starts[:, None])
-    drafts = draft_sampled_ptr[(rows + 1).clamp(max=len(draft_sampled_ptr) - 1)].long()
-    valid = exists & (drafts >= 0)
-    drafts = drafts.clamp(min=0)
-
+    rows, drafts, valid = _drafts_of_rows(cu_num_logits_ptr, draft_sampled_ptr, steps)
     requests = idx_mapping_ptr.long()
-    temperature = temp_ptr[requests].float()
-    is_greedy = (temperature == 0)[:, None]
+    temperature = temp_ptr[requests].float()[:, None]
+    is_greedy = temperature == 0
     seed = seed_ptr[requests][:, None].expand(rows.shape)
     uniform = philox_uniform(seed, pos_ptr[rows]).clamp(min=_SMALLEST_UNIFORM)
     argmax = target_local_argmax_ptr.gather(1, target_local_max_ptr.argmax(1, keepdim=True))
@@ -122,7 +114,7 @@ def reject(
         assert draft_logits_ptr is not None
         draft_lse = _logsumexp(draft_local_max_ptr, draft_local_sumexp_ptr)[rows]
         draft_logits = draft_logits_ptr[requests[:, None], steps, drafts].float()
-        draft_log_p = draft_logits / temperature[:, None] - draft_lse
+        draft_log_p = draft_logits / temperature - draft_lse
 
     if SYNTHETIC_MODE:
         assert synthetic_conditional_rates_ptr is not None
@@ -132,22 +124,11 @@ def reject(
             is_greedy, argmax == drafts, target_log_p > uniform.log() + draft_log_p
         )
     num_accepted = _leading(accepted & valid)
-    if USE_BLOCK_VERIFICATION:
+    if USE_BLOCK_VERIFICATION and len(steps):
         assert cumulative_log_p_ptr is not None
         ratio = cumulative_log_p_ptr[rows].exp()
-        next_valid = torch.zeros_like(valid)
-        next_valid[:, :-1] = valid[:, 1:]
-        if local_residual_mass_ptr is not None:
-            next_rows = (rows + 1).clamp(max=len(local_residual_mass_ptr) - 1)
-            mass = local_residual_mass_ptr.sum(1)[next_rows]
-        else:
-            mass = torch.zeros_like(ratio)
-            mass[:, :-1] = ratio[:, :-1] * (1 - target_log_p[:, 1:].exp())
-        room = mass + 1 - ratio
-        threshold = torch.where(room > 0, mass / room, 1.0)
-        threshold = torch.where(next_valid, threshold, ratio)
-        block_ends = (uniform <= threshold) & (steps < _leading(valid)[:, None])
-        longest = (block_ends * (steps + 1)).amax(1) if len(steps) else num_accepted
+        mass = _residual_mass(local_residual_mass_ptr, rows, ratio, target_log_p)
+        longest = _longest_block(uniform, ratio, mass, valid)
         num_accepted = torch.where(is_greedy[:, 0], num_accepted, longest)
 
     rejected = num_accepted.clamp(max=max(len(steps) - 1, 0))[:, None]
@@ -157,6 +138,51 @@ def reject(
     # Not used for greedy rows, which keep the argmax.
     target_rejected_logsumexp_ptr.copy_(target_lse.gather(1, rejected).view(-1))
     draft_rejected_logsumexp_ptr.copy_(draft_lse.gather(1, rejected).view(-1))
+
+
+def _drafts_of_rows(
+    cu_num_logits: torch.Tensor,  # [R + 1]
+    draft_sampled: torch.Tensor,  # [N]; -1 is never accepted
+    steps: torch.Tensor,  # [K]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``[R, K]`` each: the logits' row, the draft, and whether it may be accepted.
+
+    A draft that does not exist points at any row and any token.
+    """
+    starts = cu_num_logits[:-1].long()
+    exists = steps < (cu_num_logits.diff() - 1)[:, None]
+    rows = torch.where(exists, starts[:, None] + steps, starts[:, None])
+    drafts = draft_sampled[(rows + 1).clamp(max=len(draft_sampled) - 1)].long()
+    return rows, drafts.clamp(min=0), exists & (drafts >= 0)
+
+
+def _residual_mass(
+    local_residual_mass: torch.Tensor | None,  # [N, B]
+    rows: torch.Tensor,  # [R, K]
+    ratio: torch.Tensor,  # [R, K]
+    target_log_p: torch.Tensor,  # [R, K]
+) -> torch.Tensor:
+    """``[R, K]``: what the residual distribution after each draft sums to."""
+    if local_residual_mass is not None:
+        next_rows = (rows + 1).clamp(max=len(local_residual_mass) - 1)
+        return local_residual_mass.sum(1)[next_rows]
+    mass = torch.zeros_like(ratio)
+    mass[:, :-1] = ratio[:, :-1] * (1 - target_log_p[:, 1:].exp())
+    return mass
+
+
+def _longest_block(
+    uniform: torch.Tensor, ratio: torch.Tensor, mass: torch.Tensor, valid: torch.Tensor
+) -> torch.Tensor:
+    """``[R]``: the longest run of drafts that block verification accepts, from ``[R, K]`` each."""
+    steps = torch.arange(ratio.shape[1])
+    next_valid = torch.zeros_like(valid)
+    next_valid[:, :-1] = valid[:, 1:]
+    room = mass + 1 - ratio
+    threshold = torch.where(room > 0, mass / room, 1.0)
+    threshold = torch.where(next_valid, threshold, ratio)
+    block_ends = (uniform <= threshold) & (steps < _leading(valid)[:, None])
+    return (block_ends * (steps + 1)).amax(1)
 
 
 def resample(

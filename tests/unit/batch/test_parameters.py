@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Catch a sampling parameter that vLLM understands otherwise, and a wrong value that passes."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_layerskip.batch.parameters import SamplingParameters, merged
+
+
+def test_parameters_are_vllms_and_have_vllms_meaning():
+    from vllm import SamplingParams
+
+    params = SamplingParams(**merged({}, None))
+    for name, default in SamplingParameters().model_dump().items():
+        value = getattr(params, name)
+        assert value == default or (default is None and not value), name
+
+
+def test_every_default_is_valid_and_every_parameter_says_what_is():
+    defaults = SamplingParameters().model_dump()
+    assert SamplingParameters.model_validate(defaults).model_dump() == defaults
+    assert all(field.description for field in SamplingParameters.model_fields.values())
+
+
+@pytest.mark.parametrize(
+    ("own", "error"),
+    [
+        ([], "must be an object, not []"),
+        ({"min_p": 0.1, "top_p": 0}, "'min_p' is not supported. Valid are temperature, top_p,"),
+        ({"temperature": "1"}, "temperature='1' must be a number of at least 0."),
+        ({"temperature": float("nan")}, "temperature=nan must be a number of at least 0."),
+        ({"temperature": True}, "temperature=True must be a number of at least 0."),
+        ({"top_p": None}, "top_p=None must be a number above 0, at most 1."),
+        ({"top_k": 1.0}, "top_k=1.0 must be an integer of at least 0; 0 for all tokens."),
+        ({"stop": ["a", ""]}, "stop=['a', ''] must be a list of texts, none of them empty."),
+        ({"stop_token_ids": [True]}, "stop_token_ids=[True] must be a list of token ids."),
+        ({"ignore_eos": 1}, "ignore_eos=1 must be true or false."),
+        ({"seed": -(2**63) - 1}, "must be an integer."),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens=9 must be at most max_tokens=8."),
+    ],
+)
+def test_a_wrong_value_is_named_with_the_valid_ones(own, error):
+    with pytest.raises(ValueError, match="^sampling_params") as raised:
+        merged({}, own)
+    assert error in str(raised.value)
+
+
+def test_a_rows_own_parameters_win_and_the_rest_are_defaults():
+    own = {"temperature": 1, "stop": ["a"], "seed": 2**70}
+    values = merged({"temperature": 0.5, "top_k": 3}, own)
+    assert values == {**merged({}, None), "temperature": 1.0, "top_k": 3} | {
+        "stop": ["a"],
+        "seed": 2**70,
+    }
