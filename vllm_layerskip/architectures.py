@@ -22,7 +22,7 @@ class VllmModel:
     backbone: str
     layer: str
     layer_parameters: tuple[str, ...] = _PAIR
-    """What its layers are called with."""
+    """The arguments of its layers, in order."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class LayerSkipModel:
     """A model class that can stop after layer E."""
 
     architecture: str
-    """Name under which it stands in vLLM's registry."""
+    """Its name in vLLM's registry."""
     path: str
     """``module:class``, imported on first use."""
     vllm: VllmModel | None = None
-    """What it derives from; None for a class of another package."""
+    """The classes of vLLM that it derives from; None for a class of another package."""
     families: str = ""
     """Well-known models of the architecture, for the documentation."""
     differs: str = ""
@@ -228,16 +228,16 @@ SUPPORTED_ARCHITECTURES: dict[str, LayerSkipModel] = {
         differs="LayerNorm, partial rotary embeddings",
     ),
 }
-"""By the name that stands in a checkpoint's ``config.json``."""
+"""Models by the architecture that a checkpoint's ``config.json`` names."""
 
 
 def early_exit_architectures() -> dict[str, str]:
-    """Our early-exit architecture of each supported architecture of vLLM."""
+    """The name of our early-exit class for each supported architecture."""
     return {name: f"{_EARLY_EXIT}{name}" for name in SUPPORTED_ARCHITECTURES}
 
 
 def early_exit_path(architecture: str) -> str:
-    """``module:class`` of our early-exit class of a supported architecture."""
+    """``module:class`` of our early-exit class for a supported architecture."""
     return f"vllm_layerskip.models.early_exit:{_EARLY_EXIT}{architecture}"
 
 
@@ -245,7 +245,7 @@ def register_architecture(architecture: str, path: str) -> None:
     """Let LayerSkip run models of ``architecture`` with the class at ``path``.
 
     Call it in every process of vLLM, from an entry point of the group ``vllm.general_plugins``;
-    whether before or after LayerSkip's own plugin does not matter. The class derives from
+    it may run before or after LayerSkip's own plugin. The class derives from
     ``vllm_layerskip.models.stages.LayerSkipForCausalLM`` and from the class that vLLM runs
     without LayerSkip. A later call for the same architecture replaces an earlier one.
 
@@ -254,7 +254,7 @@ def register_architecture(architecture: str, path: str) -> None:
         path: ``module:class``; imported when an engine with LayerSkip loads such a model.
 
     Raises:
-        ValueError: ``path`` has another form.
+        ValueError: ``path`` is not of the form ``module:class``.
     """
     from vllm.model_executor.models.registry import ModelRegistry
 

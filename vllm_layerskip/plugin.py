@@ -92,7 +92,7 @@ def _create_model_config(original: Callable) -> Callable:
             return original(self)
         check.require_supported_vllm()
         early_exit.refuse_speculation(request, speculative_request(self))
-        # Once for the whole model, to see its layers, and once for the part that is served.
+        # Built twice: for the whole model, to see its layers, and for the part that is served.
         given = self.hf_overrides
         try:
             self.hf_overrides = request.other_overrides

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modes side by side at set batch sizes: measuring, limits, tables, plots."""
+"""Modes side by side at set batch sizes: measuring, limits, a table."""

@@ -24,13 +24,20 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.decode.prompts import make_prompts
+from benchmarks.engines.command_line import make_parser, positive_int
+from benchmarks.engines.results import write_result
 from vllm_layerskip.measuring.provenance import provenance
 from vllm_layerskip.measuring.shapes import SHAPES
+from vllm_layerskip.measuring.timing import run_steps
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 RUNNERS = ("v1", "v2")
 PROMPT_LEN = 32
@@ -51,27 +58,10 @@ def environment(runner: str) -> dict[str, str]:
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Decode each batch size ``--runs`` times in this process."""
-    from vllm import LLM
-
-    from benchmarks.decode.prompts import make_prompts
-    from vllm_layerskip.measuring.timing import run_steps
-
     shape = SHAPES[args.shape]
     with tempfile.TemporaryDirectory() as folder:
-        max_model_len = PROMPT_LEN + args.output_len + 1
-        model = shape.write_config(Path(folder) / "model", max_model_len)
-        llm = LLM(
-            str(model),
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            dtype="bfloat16",
-            max_model_len=max_model_len,
-            max_num_seqs=max(args.batch_sizes),
-            enforce_eager=args.enforce_eager,
-            enable_prefix_caching=False,
-            kv_cache_memory_bytes=64 << 20,
-            seed=0,
-        )
+        model = shape.write_config(Path(folder) / "model", _max_model_len(args))
+        llm = _start_engine(model, args)
         module = llm.collective_rpc(_runner_module)[0]
         assert ("cpu_model_runner" in module) == (args.runner == "v1"), module
         prompts = make_prompts("random", max(args.batch_sizes), PROMPT_LEN, shape.vocab_size, model)
@@ -84,12 +74,36 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         return records
 
 
+def _max_model_len(args: argparse.Namespace) -> int:
+    return PROMPT_LEN + args.output_len + 1
+
+
+def _start_engine(model: Path, args: argparse.Namespace) -> LLM:
+    from vllm import LLM
+
+    return LLM(
+        str(model),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        max_model_len=_max_model_len(args),
+        max_num_seqs=max(args.batch_sizes),
+        enforce_eager=args.enforce_eager,
+        enable_prefix_caching=False,
+        kv_cache_memory_bytes=64 << 20,
+        seed=0,
+    )
+
+
 def _runner_module(worker: Any) -> str:
     return type(worker.model_runner).__module__
 
 
 def median_step_ms(seconds: list[float]) -> float:
-    """Of a run's decoding steps; the first and the last belong to prefill and to the end."""
+    """The median of a run's decoding steps.
+
+    The first step belongs to prefill, and the last one to the end of the requests.
+    """
     lengths = [later - earlier for earlier, later in itertools.pairwise(seconds[1:-1])]
     return round(1e3 * statistics.median(lengths), 3)
 
@@ -113,6 +127,7 @@ def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def measure_in_turn(argv: list[str], repeats: int) -> list[dict[str, Any]]:
+    """The records of ``repeats`` processes of each runner, which take turns."""
     records = []
     for _, runner in itertools.product(range(repeats), RUNNERS):
         process = subprocess.run(
@@ -137,14 +152,16 @@ def table(summary: list[dict[str, Any]]) -> Table:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.2-1b")
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4])
-    parser.add_argument("--output-len", type=int, default=48)
-    parser.add_argument("--repeats", type=int, default=3, help="Processes for each runner.")
-    parser.add_argument("--runs", type=int, default=3, help="Runs of each batch in a process.")
+    parser.add_argument("--batch-sizes", nargs="+", type=positive_int, default=[1, 4])
+    parser.add_argument("--output-len", type=positive_int, default=48)
+    parser.add_argument(
+        "--repeats", type=positive_int, default=3, help="Processes for each runner."
+    )
+    parser.add_argument(
+        "--runs", type=positive_int, default=3, help="Runs of each batch in a process."
+    )
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="A rehearsal: tiny shape, one run.")
     parser.add_argument("--runner", choices=RUNNERS, help="Measure one in this process.")
@@ -173,8 +190,7 @@ def main() -> None:
             "summary": summary,
             "records": records,
         }
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_result(args.output, content, indent=2)
 
 
 if __name__ == "__main__":

@@ -4,28 +4,29 @@
     python -m benchmarks.decode.measure --mode layerskip --preset 7b-cnndm --batch-sizes 1 32
 
 Each cell (prompt length, batch size) goes to ``--output`` when it is done. Only steady decoding
-is timed (``timing.py``): the prompts' K/V come from the prefix cache, which one pass fills
-beforehand. ``benchmarks/decode/compare.py`` runs the modes of a table.
+is timed (``vllm_layerskip/measuring/timing.py``): one pass fills the prefix cache with the prompts
+beforehand. ``benchmarks.decode.compare`` runs the modes of a table.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.decode.cells import Clock, Emit, Point, summarise
 from benchmarks.decode.measure_transformers import measure_transformers
 from benchmarks.decode.prompts import make_prompts
+from benchmarks.decode.runs import Clock, Emit, summarise
 from benchmarks.engines.arguments import (
     FRESH_CACHE_VARIABLE,
     engine_arguments,
     prepare_environment,
 )
+from benchmarks.engines.command_line import make_parser, mistakes_reported
 from benchmarks.engines.facts import (
     kv_capacity_tokens,
     speculation_between,
@@ -34,7 +35,7 @@ from benchmarks.engines.facts import (
 )
 from benchmarks.engines.modes import MODES, TRANSFORMERS_MODES
 from benchmarks.engines.results import add_record, finished_cells, load_records
-from benchmarks.engines.settings import Settings, add_arguments, settings_from
+from benchmarks.engines.settings import DecodeCell, Settings, add_arguments, settings_from
 from vllm_layerskip.measuring.provenance import provenance
 from vllm_layerskip.measuring.timing import run_steps, steady_window
 
@@ -57,13 +58,14 @@ def measure_cell(
     return summarise(windows) | {"speculation": counts}
 
 
-def num_needed_tokens(settings: Settings, prompt_len: int, batch_size: int) -> int:
-    """KV cache slots of a cell: prompts, answers, and the drafts behind them."""
-    return batch_size * (prompt_len + settings.output_len + settings.num_speculative_tokens + 1)
+def num_needed_tokens(settings: Settings, cell: DecodeCell) -> int:
+    """KV cache slots of a cell: prompts, answers, and the last step's drafts."""
+    answer_len = settings.output_len + settings.num_speculative_tokens + 1
+    return cell.batch_size * (cell.prompt_len + answer_len)
 
 
 def measure_engine(
-    settings: Settings, mode: str, cells: list[Point], clock: Clock, emit: Emit
+    settings: Settings, mode: str, cells: Sequence[DecodeCell], clock: Clock, emit: Emit
 ) -> None:
     """Start the mode's engine and measure the cells."""
     import_start = time.perf_counter()
@@ -82,23 +84,37 @@ def measure_engine(
             "arguments": {k: value for k, value in arguments.items() if k != "model"},
             "prefill_s": {},
         }
-        room = engine["kv_capacity_tokens"]
-        prompts: list[list[int]] = []
-        for prompt_len, batch_size in cells:
-            emit_cell = _bound_emit(emit, engine, prompt_len, batch_size)
-            need = num_needed_tokens(settings, prompt_len, batch_size)
-            if need > room:
-                emit_cell({"status": "no-room", "reason": f"{need} KV slots of {room}"})
-                continue
-            if not clock.has_time():
-                emit_cell({"status": "no-time", "reason": f"limit of {clock.limit_s} s"})
-                continue
-            begin = time.perf_counter()
-            if not prompts or len(prompts[0]) != prompt_len:
-                prompts, seconds = _fill_prefix_cache(llm, settings, prompt_len, room)
-                engine["prefill_s"][str(prompt_len)] = seconds
-            emit_cell({"status": "ok"} | measure_cell(llm, settings, mode, prompts[:batch_size]))
-            clock.observe(time.perf_counter() - begin)
+        _measure_cells(llm, engine, settings, mode, cells, clock, emit)
+
+
+def _measure_cells(
+    llm: LLM,
+    engine: dict[str, Any],
+    settings: Settings,
+    mode: str,
+    cells: Sequence[DecodeCell],
+    clock: Clock,
+    emit: Emit,
+) -> None:
+    """Emit a record for each cell; ``engine`` is in each, and gets the times of the prefills."""
+    room = engine["kv_capacity_tokens"]
+    prompts: list[list[int]] = []
+    for cell in cells:
+        common = cell._asdict() | {"engine": engine}
+        need = num_needed_tokens(settings, cell)
+        if need > room:
+            emit(common | {"status": "no-room", "reason": f"{need} KV slots of {room}"})
+            continue
+        if not clock.has_time():
+            emit(common | {"status": "no-time", "reason": f"limit of {clock.limit_s} s"})
+            continue
+        begin = time.perf_counter()
+        if not prompts or len(prompts[0]) != cell.prompt_len:
+            prompts, seconds = _fill_prefix_cache(llm, settings, cell.prompt_len, room)
+            engine["prefill_s"][str(cell.prompt_len)] = seconds
+        measured = measure_cell(llm, settings, mode, prompts[: cell.batch_size])
+        emit(common | {"status": "ok"} | measured)
+        clock.observe(time.perf_counter() - begin)
 
 
 def _fill_prefix_cache(
@@ -108,7 +124,7 @@ def _fill_prefix_cache(
     fitting = [
         batch_size
         for batch_size in settings.batch_sizes
-        if num_needed_tokens(settings, prompt_len, batch_size) <= room
+        if num_needed_tokens(settings, DecodeCell(prompt_len, batch_size)) <= room
     ]
     config = llm.llm_engine.vllm_config.model_config
     prompts = make_prompts(
@@ -119,51 +135,50 @@ def _fill_prefix_cache(
     return prompts, round(time.perf_counter() - start, 3)
 
 
-def _bound_emit(emit: Emit, engine: dict[str, Any], prompt_len: int, batch_size: int) -> Emit:
-    def emit_cell(record: dict[str, Any]) -> None:
-        emit({"prompt_len": prompt_len, "batch_size": batch_size, "engine": engine} | record)
+def measure_missing(
+    settings: Settings, mode: str, output: Path, time_limit: float | None, note: str | None
+) -> None:
+    """Measure the cells that the file ``output`` lacks.
 
-    return emit_cell
+    Raises:
+        UserError: ``output`` is another kind of file, or an option does not fit the model.
+    """
+    finished = finished_cells(load_records(output), mode, settings.identity())
+    cells = [cell for cell in settings.cells() if cell not in finished]
+    common = {
+        "kind": "decode",
+        "mode": mode,
+        "settings": settings.identity(),
+        "model_shape": asdict(settings.model_shape()),
+        "num_draft_vocab_ids": settings.num_draft_vocab_ids,
+        "provenance": provenance(),
+        **({"note": note} if note else {}),
+    }
+
+    def emit(record: dict[str, Any]) -> None:
+        add_record(output, common | record)
+
+    clock = Clock(time_limit)
+    if not cells:
+        print(f"Nothing left to measure: {output} has every cell of {mode}.")
+    elif mode in TRANSFORMERS_MODES:
+        measure_transformers(settings, mode, cells, clock, emit)
+    else:
+        measure_engine(settings, mode, cells, clock, emit)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     add_arguments(parser)
-    parser.add_argument("--num-speculative-tokens", type=int, help="K")
     parser.add_argument("--mode", choices=MODES, required=True)
     parser.add_argument("--time-limit", type=float, help="Seconds; no cell is begun beyond.")
     parser.add_argument("--note", help="A sentence on the setting, kept with every cell.")
     parser.add_argument("--output", type=Path, required=True, help="Result file; it is added to.")
     args = parser.parse_args()
-    try:
+    with mistakes_reported(parser):
         settings = settings_from(args)
-    except ValueError as error:
-        parser.error(str(error))
-    prepare_environment(settings.device)
-    finished = finished_cells(load_records(args.output), args.mode, settings.identity())
-    cells = [cell for cell in settings.cells() if cell not in finished]
-    common = {
-        "kind": "decode",
-        "mode": args.mode,
-        "settings": settings.identity(),
-        "model_shape": asdict(settings.model_shape()),
-        "num_draft_vocab_ids": settings.num_draft_vocab_ids,
-        "provenance": provenance(),
-        **({"note": args.note} if args.note else {}),
-    }
-
-    def emit(record: dict[str, Any]) -> None:
-        add_record(args.output, common | record)
-
-    clock = Clock(args.time_limit)
-    if not cells:
-        print(f"Nothing left to measure: {args.output} has every cell of {args.mode}.")
-    elif args.mode in TRANSFORMERS_MODES:
-        measure_transformers(settings, args.mode, cells, clock, emit)
-    else:
-        measure_engine(settings, args.mode, cells, clock, emit)
+        prepare_environment(settings.device)
+        measure_missing(settings, args.mode, args.output, args.time_limit, args.note)
 
 
 if __name__ == "__main__":

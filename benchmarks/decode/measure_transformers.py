@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.decode.cells import Clock, Emit, Point, summarise
 from benchmarks.decode.prompts import make_prompts
-from benchmarks.engines.settings import Settings
+from benchmarks.decode.runs import Clock, Emit, summarise
+from benchmarks.engines.settings import DecodeCell, Settings
+from vllm_layerskip.errors import UserError
 from vllm_layerskip.measuring.timing import Window
 
 
 class _StepClock:
-    """A streamer that notes when tokens came: ``put`` once with the prompt, then at each step."""
+    """A streamer that notes when tokens came: ``put`` gets the prompt once, then each step's."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -36,15 +38,15 @@ class _StepClock:
 
 
 def measure_transformers(
-    settings: Settings, mode: str, cells: list[Point], clock: Clock, emit: Emit
+    settings: Settings, mode: str, cells: Sequence[DecodeCell], clock: Clock, emit: Emit
 ) -> None:
     """Measure the cells of batch 1.
 
     Raises:
-        ValueError: there is no real checkpoint; its acceptance cannot be set.
+        UserError: there is no checkpoint, and transformers cannot set the acceptance of a shape.
     """
     if settings.model is None:
-        raise ValueError(
+        raise UserError(
             f"--mode={mode} needs --model: transformers verifies drafts for real, and dummy "
             "weights have no acceptance to speak of."
         )
@@ -57,26 +59,29 @@ def measure_transformers(
     )
     model = model.to(settings.device).eval()
     engine = {"start_s": round(time.perf_counter() - start, 2)}
-    for prompt_len, batch_size in cells:
-        if batch_size != 1:
+    for cell in cells:
+        if cell.batch_size != 1:
             continue
-        cell = {"prompt_len": prompt_len, "batch_size": 1, "engine": engine}
+        common = cell._asdict() | {"engine": engine}
         if not clock.has_time():
-            emit(cell | {"status": "no-time", "reason": f"limit of {clock.limit_s} s"})
+            emit(common | {"status": "no-time", "reason": f"limit of {clock.limit_s} s"})
             continue
         begin = time.perf_counter()
         prompts = make_prompts(
-            settings.prompts, 1, prompt_len, model.config.vocab_size, Path(settings.model)
+            settings.prompts, 1, cell.prompt_len, model.config.vocab_size, Path(settings.model)
         )
         input_ids = torch.tensor(prompts, device=settings.device)
-        _generate(model, settings, mode, input_ids)
-        windows = [_generate(model, settings, mode, input_ids) for _ in range(settings.repeats)]
-        tokens, steps = (
-            sum(getattr(w, name) for w in windows) for name in ("num_tokens", "num_steps")
-        )
-        speculation = {"acceptance_length": round(tokens / steps, 4)} if "-" in mode else None
-        emit(cell | {"status": "ok"} | summarise(windows) | {"speculation": speculation})
+        emit(common | {"status": "ok"} | _measure_prompt(model, settings, mode, input_ids))
         clock.observe(time.perf_counter() - begin)
+
+
+def _measure_prompt(model: Any, settings: Settings, mode: str, input_ids: Any) -> dict[str, Any]:
+    """Warm up, then generate ``repeats`` times."""
+    _generate(model, settings, mode, input_ids)
+    windows = [_generate(model, settings, mode, input_ids) for _ in range(settings.repeats)]
+    tokens, steps = (sum(getattr(w, name) for w in windows) for name in ("num_tokens", "num_steps"))
+    speculation = {"acceptance_length": round(tokens / steps, 4)} if "-" in mode else None
+    return summarise(windows) | {"speculation": speculation}
 
 
 def _generate(model: Any, settings: Settings, mode: str, input_ids: Any) -> Window:

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The prompts: the same token ids for every mode.
+"""The prompts: every mode gets the same token ids.
 
 * ``random``: uniform token ids, for dummy weights;
-* ``python``: windows of held-out standard-library modules (the training's own split);
-* a file of JSON lines with ``prompt``, or ``turns`` as Spec-Bench has them (first turn).
+* ``python``: windows of the standard library's modules that training holds out;
+* a file of questions (``benchmarks/engines/questions.py``): their first turns.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from benchmarks.engines.questions import read_questions
+from vllm_layerskip.errors import UserError
+from vllm_layerskip.files.corpus import load_stdlib
+from vllm_layerskip.files.tokenizers import load_tokenizer
 
 SEED = 0
 
@@ -24,14 +28,12 @@ def make_prompts(
         model: the checkpoint whose tokenizer reads the texts.
 
     Raises:
-        ValueError: the texts are too short.
+        UserError: the file cannot be read, or the texts are too short.
     """
     if source == "random":
         return _random_prompts(num_prompts, prompt_len, vocab_size)
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    texts = _held_out_texts() if source == "python" else read_texts(Path(source))
+    tokenizer = load_tokenizer(str(model), "--model")
+    texts = _held_out_texts() if source == "python" else _first_turns(Path(source))
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     if source == "python":
@@ -39,30 +41,26 @@ def make_prompts(
     prompts = [[*bos, *ids][:prompt_len] for ids in encoded]
     prompts = [ids for ids in prompts if len(ids) == prompt_len][:num_prompts]
     if len(prompts) < num_prompts:
-        raise ValueError(
+        raise UserError(
             f"--prompts={source} has {len(prompts)} texts of {prompt_len} tokens; {num_prompts} "
             "are needed. Lower --batch-sizes or --prompt-lens."
         )
     return prompts
 
 
-def read_texts(path: Path) -> list[str]:
-    """Prompts of a JSON-lines file: ``prompt``, or the first of ``turns``."""
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [record["prompt"] if "prompt" in record else record["turns"][0] for record in records]
+def _first_turns(path: Path) -> list[str]:
+    return [question.turns[0] for question in read_questions(path)]
 
 
 def _random_prompts(num_prompts: int, prompt_len: int, vocab_size: int) -> list[list[int]]:
     import torch
 
     generator = torch.Generator().manual_seed(SEED)
-    # From 3: no beginning or end of sequence among them.
+    # From 3 on: the ids below are special tokens, such as the end of a sequence.
     return torch.randint(3, vocab_size, (num_prompts, prompt_len), generator=generator).tolist()
 
 
 def _held_out_texts() -> list[str]:
-    from vllm_layerskip.files.corpus import load_stdlib
-
     return [text for _, text in sorted(load_stdlib().held_out.items())]
 
 
@@ -73,7 +71,7 @@ def _windows(
     num_ids = prompt_len - len(bos)
     last = len(stream) - num_ids
     if last < num_prompts:
-        raise ValueError(
+        raise UserError(
             f"The held-out text has {len(stream)} tokens, too few for {num_prompts} prompts of "
             f"{prompt_len}. Lower --batch-sizes or --prompt-lens."
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a table out of records: speed-up over plain decoding, its limit, what was reached."""
+"""The figures of a table: speed-up over plain decoding, its limit, and what share was reached."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _SPECULATION = (
 
 
 @dataclass(frozen=True)
-class Row:
-    """One cell of the table; figures that do not exist are None."""
+class DecodeResult:
+    """The figures of one record, a row of the table; figures that do not exist are None."""
 
     record: Record
     tokens_per_s: float | None = None
     spread: float | None = None
-    """(max - min) / median over the runs."""
+    """(max - min) / median of the runs' tokens/s."""
     step_ms: float | None = None
     acceptance_length: float | None = None
     """By vLLM's counters, over whole runs."""
@@ -86,12 +86,16 @@ def baseline_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in _SPECULATION}
 
 
-def rows(records: Iterable[Record], bandwidth: float | None = None) -> list[Row]:
-    """One row for each record, in the order of prompt length, batch size and measuring."""
+def decode_results(records: Iterable[Record], bandwidth: float | None = None) -> list[DecodeResult]:
+    """One result for each record, in the order of prompt length, batch size and measuring.
+
+    Args:
+        bandwidth: of the GPU, in TB/s; None takes the datasheet's.
+    """
     records = list(records)
     plain = {_baseline_key(r): r for r in records if r["mode"] == "plain" and r["status"] == "ok"}
     ordered = sorted(records, key=lambda r: (r.get("prompt_len") or 0, r.get("batch_size") or 0))
-    return [_row(record, plain.get(_baseline_key(record)), bandwidth) for record in ordered]
+    return [_result(record, plain.get(_baseline_key(record)), bandwidth) for record in ordered]
 
 
 def describe(record: Record) -> str:
@@ -112,45 +116,45 @@ HEADER = (
 )  # fmt: skip
 
 
-def cells(row: Row) -> list[str]:
-    """A row's cells under ``HEADER``; a cell that was not measured says why."""
-    record = row.record
+def columns(result: DecodeResult) -> list[str]:
+    """A result's texts under ``HEADER``; one that was not measured says why."""
+    record = result.record
     start = [str(record.get("prompt_len", "")), str(record.get("batch_size", ""))]
-    start += [row.mode, row.setting]
+    start += [result.mode, result.setting]
     if record["status"] != "ok":
         reason = f"{record['status']}: {record.get('reason', '')}"
         return [*start, reason, *[""] * (len(HEADER) - len(start) - 1)]
     return [
         *start,
-        format_figure(row.tokens_per_s, ".1f"),
-        format_figure(row.spread, ".1%"),
-        format_figure(row.tokens_reached, ".0%"),
-        format_figure(row.speedup, ".2f"),
-        format_figure(row.speedup_limit, ".2f"),
-        format_figure(row.speedup_reached, ".0%"),
-        format_figure(row.acceptance_length, ".2f"),
-        format_figure(row.step_ms, ".3f"),
-        row.reused,
+        format_figure(result.tokens_per_s, ".1f"),
+        format_figure(result.spread, ".1%"),
+        format_figure(result.tokens_reached, ".0%"),
+        format_figure(result.speedup, ".2f"),
+        format_figure(result.speedup_limit, ".2f"),
+        format_figure(result.speedup_reached, ".0%"),
+        format_figure(result.acceptance_length, ".2f"),
+        format_figure(result.step_ms, ".3f"),
+        result.reused,
     ]
 
 
-def rich_table(table_rows: Sequence[Row]) -> Table:
+def rich_table(results: Sequence[DecodeResult]) -> Table:
     table = Table(title="Steady decoding")
     for column in HEADER:
         table.add_column(column, justify="left" if column in ("mode", "setting") else "right")
-    for row in table_rows:
-        table.add_row(*cells(row))
+    for result in results:
+        table.add_row(*columns(result))
     return table
 
 
-def _row(record: Record, plain: Record | None, bandwidth: float | None) -> Row:
+def _result(record: Record, plain: Record | None, bandwidth: float | None) -> DecodeResult:
     if record["status"] != "ok":
-        return Row(record)
+        return DecodeResult(record)
     speeds = [run["tokens_per_s"] for run in record["runs"]]
     speculation = record["speculation"] or {}
     speed = record["tokens_per_s"]
     speedup_limit, tokens_limit = _limits(record, bandwidth)
-    return Row(
+    return DecodeResult(
         record,
         tokens_per_s=speed,
         spread=(max(speeds) - min(speeds)) / speed,
@@ -172,9 +176,9 @@ def _limits(record: Record, bandwidth: float | None) -> tuple[float | None, floa
     roofline = Roofline(Shape(**record["model_shape"]), gpu or BYTES_ONLY, settings["dtype"])
     decoding = _decoding(record)
     # The mean over the window: half of what is generated is in the cache.
-    load = (batch_size, record["prompt_len"] + settings["output_len"] / 2)
-    speedup = roofline.speedup(decoding, *load) if record["mode"] != "plain" else None
-    return speedup, roofline.tokens_per_s(decoding, *load) if gpu else None
+    batch = (batch_size, record["prompt_len"] + settings["output_len"] / 2)
+    speedup = roofline.speedup(decoding, *batch) if record["mode"] != "plain" else None
+    return speedup, roofline.tokens_per_s(decoding, *batch) if gpu else None
 
 
 def _decoding(record: Record) -> Decoding:
@@ -194,7 +198,7 @@ def _decoding(record: Record) -> Decoding:
 
 
 def _tokens_per_step(record: Record) -> float:
-    """Tokens a request and step in the very windows that were timed."""
+    """Tokens a request and step, in the windows that were timed."""
     num_tokens, num_steps = (
         sum(run[name] for run in record["runs"]) for name in ("num_tokens", "num_steps")
     )
@@ -219,5 +223,5 @@ def _ratio(value: float | None, of: float | None) -> float | None:
 
 
 def format_figure(value: float | None, spec: str) -> str:
-    """A cell; empty for a figure that does not exist."""
+    """A figure's text; empty if it does not exist."""
     return "" if value is None else format(value, spec)

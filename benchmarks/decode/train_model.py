@@ -4,15 +4,14 @@
     python -m benchmarks.decode.train_model --size 160m --minutes 8 --output layerskip-160m
     python -m benchmarks.decode.compare --model layerskip-160m --modes plain layerskip draft-model
 
-The text is Python: the standard library and the packages that the machine has; the held-out
-modules of ``vllm_layerskip.files.corpus`` are in neither. ``--minutes`` counts from the start
-to the stored checkpoint: what tokenizer and texts leave of it, the steps fill. ``scores.json``
-in the checkpoint holds the acceptance of every exit layer, so E and K may be chosen afterwards.
+The text is Python: the standard library and the machine's packages, without the held-out modules
+of ``vllm_layerskip/files/corpus.py``. ``--minutes`` counts from the start to the stored checkpoint;
+training takes as many steps as fit after the tokenizer and the texts are ready. ``scores.json`` in
+the checkpoint holds the acceptance of every exit layer, so E and K may be chosen afterwards.
 """
 
 from __future__ import annotations
 
-import argparse
 import sysconfig
 import tempfile
 import time
@@ -25,7 +24,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from benchmarks.engines.results import write_json
+from benchmarks.engines.command_line import make_parser
+from benchmarks.engines.results import write_result
 from vllm_layerskip.files.corpus import Corpus, load_stdlib, with_packages
 from vllm_layerskip.measuring.provenance import provenance
 from vllm_layerskip.training.embedded_checkpoint import (
@@ -70,7 +70,7 @@ RESERVE = 0.1
 
 
 class _StepTimer(TrainerCallback):
-    """When each step ended, on the device too."""
+    """Notes when each step ended, on the device too."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -106,8 +106,8 @@ def fit_plan(
 ) -> TrainingPlan:
     """The plan with as many steps as fit before ``deadline`` (``time.monotonic``).
 
-    A few steps of a throw-away model are timed: learning rate and layer dropout follow the whole
-    number of steps, so it has to be known beforehand.
+    Times a few steps of a throw-away model. Learning rate and layer dropout depend on the number
+    of steps, so it has to be known before training starts.
     """
     timer = _StepTimer()
     trial = make_trainer(replace(plan, num_steps=CALIBRATION_STEPS), tokenizer, blocks, folder)
@@ -121,7 +121,7 @@ def fit_plan(
 def train(
     plan: TrainingPlan, corpus: Corpus, output: Path, start: float, seconds: float
 ) -> dict[str, Any]:
-    """Train, store and score within ``seconds`` of ``start``; returns what is worth noting."""
+    """Train, store and score within ``seconds`` of ``start``; returns facts for ``scores.json``."""
     tokenizer = train_tokenizer(_sample(corpus), plan.vocab_size, plan.seq_len)
     blocks = encode_blocks(plan, tokenizer, corpus.train)
     deadline = start + (1 - RESERVE) * seconds
@@ -143,7 +143,7 @@ def train(
         "log": trainer.state.log_history,
         "plan": asdict(plan),
     }
-    # Scored as stored: bfloat16 weights, read back.
+    # Scores are those of the stored model, whose weights are bfloat16.
     model = load_checkpoint(output)
     model = model.to("cuda") if torch.cuda.is_available() else model
     scores = score_model(plan, model, tokenizer, corpus, num_prompts=32, num_windows=32)
@@ -161,9 +161,7 @@ def _sample(corpus: Corpus) -> Iterator[str]:
 
 def main() -> None:
     start = time.monotonic()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--size", choices=sorted(PLANS), default="160m")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--output", type=Path, required=True, help="Folder of the checkpoint.")
@@ -178,7 +176,7 @@ def main() -> None:
     facts = train(PLANS[args.size], corpus, args.output, start, 60 * args.minutes)
     facts |= {"corpus_sha256": corpus.digest, "provenance": provenance()}
     for path in filter(None, (args.output / "scores.json", args.copy_scores)):
-        write_json(path, facts)
+        write_result(path, facts)
     print(f"{args.output}: {facts['num_weights'] / 1e6:.0f} M weights, {facts['num_steps']} steps,")
     for exit_layer, lengths in facts["acceptance_length"].items():
         print(exit_layer, lengths)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the engine of a mode is made, and what it says about itself."""
+"""What every benchmark uses: settings, the engine of a mode, questions, result files."""

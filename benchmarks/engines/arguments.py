@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine of a mode: its model folder and vLLM's arguments.
 
-vLLM's defaults stand but for what is measured, so every mode runs as a user would run it. Where
-every step of a table is one of a few batches, one more thing is said on a GPU: CUDA graphs are
-captured for these. vLLM's default list ends at 512 tokens, so a verification of more than
-512 / (K + 1) requests would run without a graph, and it holds dozens that no cell would use.
+All arguments that are not measured keep vLLM's defaults, so every mode runs as a user would run it.
+One exception, on a GPU: where every step of a table is one of a few batches, CUDA graphs are
+captured for these. vLLM's default sizes end at 512 tokens, so a verification of more than
+512 / (K + 1) requests would run without a graph, and they hold dozens that no cell would use.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FRESH_CACHE_VARIABLE = "BENCHMARK_FRESH_CACHE"
 
 
 def empty_caches(folder: Path) -> dict[str, str]:
-    """Variables that lead vLLM's, Inductor's and Triton's compile caches into ``folder``."""
+    """Variables that put vLLM's, Inductor's and Triton's compile caches into ``folder``."""
     names = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     return {name: str(folder / name.lower()) for name in names} | {FRESH_CACHE_VARIABLE: "1"}
 
@@ -34,7 +34,7 @@ def prepare_environment(device: str) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # Lets a function of ours count a worker's memory; everything stays on this machine.
+    # So that a function of ours can count a worker's memory; all processes are on this machine.
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     if device == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -42,7 +42,7 @@ def prepare_environment(device: str) -> None:
 
 
 def prepare_models(settings: Settings, mode: str, folder: Path) -> tuple[Path, Path | None]:
-    """The model folder to serve, and the cut one where the mode needs it."""
+    """The model folder to serve, and the folder of the cut model if the mode needs one."""
     shape, max_model_len = settings.model_shape(), settings.max_model_len
     if settings.model is not None:
         model = Path(settings.model)
@@ -61,7 +61,7 @@ def prepare_models(settings: Settings, mode: str, folder: Path) -> tuple[Path, P
 def engine_arguments(
     settings: Settings, mode: str, folder: Path, fixed_batches: bool = False
 ) -> dict[str, Any]:
-    """Arguments of ``LLM``: vLLM's defaults but for what is measured.
+    """Arguments of ``LLM``; what is not measured keeps vLLM's defaults.
 
     Args:
         fixed_batches: every step that is timed is one of ``settings.batch_sizes``.
@@ -102,7 +102,7 @@ def capture_sizes(settings: Settings) -> list[int]:
 
 
 def command_line_flags(arguments: Mapping[str, Any]) -> list[str]:
-    """The same arguments for ``vllm serve``, which takes the model by position."""
+    """Engine arguments as options of ``vllm serve``, which takes the model by position."""
     flags: list[str] = []
     for name, value in arguments.items():
         flag = name.replace("_", "-")

@@ -7,24 +7,26 @@ import json
 import re
 from pathlib import Path
 
+from vllm_layerskip.errors import UserError
+
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
 
 def write_cut_checkpoint(source: Path, exit_layer: int, folder: Path) -> Path:
-    """Copy config, tokenizer and all weights but those of layers E and up.
+    """Copy config, tokenizer and all weights except those of layers E and up.
 
     Args:
         source: a checkpoint folder with safetensors weights.
 
     Raises:
-        ValueError: ``source`` has no safetensors weights.
+        UserError: ``source`` has no safetensors weights.
     """
     from safetensors import safe_open
     from safetensors.torch import save_file
 
     shards = sorted(source.glob("*.safetensors"))
     if not shards:
-        raise ValueError(f"{source} holds no *.safetensors. Convert the checkpoint to safetensors.")
+        raise UserError(f"{source} holds no *.safetensors. Convert the checkpoint to safetensors.")
     folder.mkdir(parents=True, exist_ok=True)
     shard_of: dict[str, str] = {}
     for shard in shards:

@@ -6,17 +6,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from vllm_layerskip.metrics.prometheus import PREFIX
+
 if TYPE_CHECKING:
     from vllm import LLM
 
 _PREFIX = "vllm:spec_decode_num_"
 _COUNTERS = ("drafts", "draft_tokens", "accepted_tokens")
+_VERIFY_STEPS = ("num_verify_steps_reused", "num_verify_steps_full")
 
 
 def speculation_counts(llm: LLM, mode: str) -> dict[str, Any] | None:
     """Counters since the engine's start, None where it does not speculate.
 
-    Any method's, out of vLLM's own metrics; a LayerSkip engine adds its verify steps.
+    They are metrics: vLLM's own for any method, and a LayerSkip engine's of its verify steps.
     """
     metrics: dict[str, Any] = {metric.name: metric for metric in llm.get_metrics()}
     if f"{_PREFIX}drafts" not in metrics:
@@ -27,15 +30,14 @@ def speculation_counts(llm: LLM, mode: str) -> dict[str, Any] | None:
     per_position = metrics[f"{_PREFIX}accepted_tokens_per_pos"].values
     counts["num_accepted_tokens_per_pos"] = [int(value) for value in per_position]
     if mode.startswith("layerskip"):
-        # Every worker takes the same decisions; the first one answers for all.
-        counts |= llm.collective_rpc("layerskip_stats")[0]
+        counts |= {name: int(metrics[f"{PREFIX}{name}"].value) for name in _VERIFY_STEPS}
     return counts
 
 
 def speculation_between(
     before: dict[str, Any] | None, after: dict[str, Any] | None
 ) -> dict[str, Any] | None:
-    """Counts of what lies between, with acceptance length and rates."""
+    """The difference of two counts, with acceptance length and rates."""
     if before is None or after is None:
         return None
     counts: dict[str, Any] = {
@@ -56,16 +58,16 @@ def worker_memory(worker: Any) -> dict[str, int]:
     """Bytes of a worker's parts; runs inside it (``LLM.collective_rpc``).
 
     Weights and KV cache are counted by storage, so what two owners share counts once. On a CPU
-    weights are left out: vLLM packs them into forms that no longer show as parameters.
+    weights are left out: vLLM packs them, and they are no longer parameters of the model.
     """
     import torch
 
     runner = worker.model_runner
     speculator = getattr(runner, "speculator", None)
     facts = {"kv_cache_bytes": sum(_storages(_tensors(runner.kv_caches)).values())}
-    exit_states = getattr(speculator, "exit_states", None)
-    if exit_states is not None:
-        facts["exit_state_bytes"] = exit_states.num_bytes
+    draft_state = getattr(speculator, "draft_state", None)  # LayerSkip's speculator has one.
+    if draft_state is not None:
+        facts["exit_state_bytes"] = draft_state.exit_states.num_bytes
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         target = _storages(runner.model.parameters())

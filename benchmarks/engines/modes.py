@@ -4,12 +4,12 @@
 =====================  ========================================================================
 plain                  vLLM without speculation: the baseline
 layerskip              this plugin
-layerskip-no-reuse     the same, verification runs the early stage for every token
+layerskip-no-reuse     layerskip, but verification runs the early stage for every token
 draft-model            vLLM's ``draft_model`` with the first E layers as a separate model of the
-                       same weights: what sharing weights, KV cache and exit states is worth
-ngram                  vLLM's ``ngram_gpu``, the one of Model Runner V2
+                       same weights: shows what sharing weights, KV cache and exit states is worth
+ngram                  vLLM's ``ngram_gpu``, prompt lookup on Model Runner V2
 early-exit             the first E layers alone: lossy, the upper bound of draft speed
-transformers           transformers' ``generate``, batch 1: the baseline of the next one
+transformers           transformers' ``generate``, batch 1: the baseline of transformers-assistant
 transformers-assistant ``generate(assistant_early_exit=E)``, batch 1
 =====================  ========================================================================
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engines.presets import geometric_rates
+from vllm_layerskip.errors import UserError
 
 VLLM_MODES = ("plain", "layerskip", "layerskip-no-reuse", "draft-model", "ngram", "early-exit")
 TRANSFORMERS_MODES = ("transformers", "transformers-assistant")
@@ -30,7 +31,7 @@ MODES = VLLM_MODES + TRANSFORMERS_MODES
 CUT_MODES = ("draft-model", "early-exit")
 """Modes that serve a model cut after E layers."""
 SYNTHETIC_MODES = ("layerskip", "layerskip-no-reuse", "draft-model")
-"""Modes whose acceptance can be set; ngram's drafts can be none, which must stay rejected."""
+"""Modes whose acceptance can be set. Not ngram: where it finds no draft, none may be accepted."""
 
 
 @dataclass(frozen=True)
@@ -83,22 +84,22 @@ def _synthetic_acceptance(speculation: Speculation) -> dict[str, Any]:
         return {}
     config: dict[str, Any] = {"rejection_sample_method": "synthetic"}
     if speculation.schedule is None:
-        # The least spread around the mean, so the least noise in what is measured.
+        # vLLM's least variance around the mean, so the least noise in what is measured.
         return config | {"synthetic_acceptance_length": length}
     return config | {"synthetic_acceptance_rates": geometric_rates(length, num_drafts)}
 
 
 def write_draft_vocab(draft_vocab: str, vocab_size: int, folder: Path) -> str:
-    """A draft vocabulary's file: a file stays what it is, a number N becomes the first N ids.
+    """A draft vocabulary's file: a given file as it is; for a number N a file of the first N ids.
 
     Raises:
-        ValueError: N is not a size of a part of the vocabulary.
+        UserError: N is not a size of a part of the vocabulary.
     """
     if not draft_vocab.isdecimal():
         return draft_vocab
     size = int(draft_vocab)
     if not 1 <= size <= vocab_size:
-        raise ValueError(
+        raise UserError(
             f"--draft-vocab={draft_vocab} must be from 1 to {vocab_size}, the model's vocabulary, "
             "or a file of token ids."
         )

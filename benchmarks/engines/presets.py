@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vllm_layerskip.errors import UserError
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -42,7 +44,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def expected_length(probability: float, num_drafts: int) -> float:
-    """Acceptance length if every draft behind an accepted one is accepted alike."""
+    """Acceptance length if a draft after accepted ones is always accepted with ``probability``."""
     return 1 + sum(probability**position for position in range(1, num_drafts + 1))
 
 
@@ -51,10 +53,10 @@ def acceptance_probability(length: float, num_drafts: int) -> float:
     ``expected_length``.
 
     Raises:
-        ValueError: no probability gives that length.
+        UserError: no probability gives that length.
     """
     if not 1 <= length <= num_drafts + 1:
-        raise ValueError(
+        raise UserError(
             f"synthetic_acceptance_length={length} must be from 1 to {num_drafts + 1} for "
             f"{num_drafts} speculative tokens. Change either."
         )
@@ -69,7 +71,7 @@ def acceptance_probability(length: float, num_drafts: int) -> float:
 
 
 def length_for(length: float, num_drafts: int, other_num_drafts: int) -> float:
-    """What an acceptance length at one K becomes at another, per-draft probability unchanged."""
+    """The acceptance length at another K, if the per-draft probability stays."""
     if num_drafts == other_num_drafts:
         return length
     probability = acceptance_probability(length, num_drafts)

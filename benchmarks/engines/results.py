@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Result files: JSON, written anew after every record, so that a killed run keeps what it has.
+"""Result files: JSON, written again after every record, so that a killed run keeps what it has.
 
 A file is ``{"schema": 1, "records": [...]}``. A record is one cell under one ``settings``: a mode
 with a prompt length and a batch size (``"kind": "decode"``) or with a concurrency
@@ -18,10 +18,12 @@ A record of a whole mode (its engine did not start) names no cell.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from vllm_layerskip.errors import UserError
+from vllm_layerskip.files.whole import write_json
 
 SCHEMA = 1
 FINISHED = ("ok", "no-room")
@@ -32,21 +34,40 @@ Record = dict[str, Any]
 
 
 def is_result_file(path: Path) -> bool:
-    """Whether ``path`` holds records of this schema."""
+    """Whether ``path`` holds records of this schema.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
     content = json.loads(path.read_text(encoding="utf-8"))
     return isinstance(content, dict) and content.get("schema") == SCHEMA
+
+
+def load_existing(path: Path) -> list[Record]:
+    """Records of a result file.
+
+    Raises:
+        UserError: there is no such file, or it is no result file of this schema.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file. Give a result file.")
+    return load_records(path)
 
 
 def load_records(path: Path) -> list[Record]:
     """Records of a result file; none if there is no file.
 
     Raises:
-        ValueError: the file is no result file of this schema.
+        UserError: the file is no result file of this schema.
     """
     if not path.exists():
         return []
-    if not is_result_file(path):
-        raise ValueError(f"{path} is no result file of schema {SCHEMA}. Choose another file.")
+    try:
+        known = is_result_file(path)
+    except ValueError:
+        known = False
+    if not known:
+        raise UserError(f"{path} is no result file of schema {SCHEMA}. Choose another file.")
     return json.loads(path.read_text(encoding="utf-8"))["records"]
 
 
@@ -57,19 +78,17 @@ def add_record(path: Path, record: Record) -> None:
         for other in load_records(path)
         if other["status"] in FINISHED or not _replaces(record, other)
     ]
-    write_json(path, {"schema": SCHEMA, "records": [*records, record]})
+    write_result(path, {"schema": SCHEMA, "records": [*records, record]})
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write the whole file or, if this process is killed meanwhile, nothing."""
+def write_result(path: Path, content: Any, indent: int = 1) -> None:
+    """Write a file of JSON in one step, and its folder if there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    write_json(path, content, indent)
 
 
 def finished_cells(records: Iterable[Record], mode: str, settings: Any) -> set[tuple[Any, ...]]:
-    """Cells that need no second run, as values of ``CELL_NAMES`` that they have."""
+    """Cells that need no second run, each as its values of ``CELL_NAMES``."""
     return {
         _cell(record)
         for record in records

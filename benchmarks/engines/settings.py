@@ -7,12 +7,22 @@ import argparse
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from benchmarks.engines.command_line import positive_int
 from benchmarks.engines.modes import Speculation
 from benchmarks.engines.presets import PRESETS, length_for
+from vllm_layerskip.commands.arguments import json_object
 from vllm_layerskip.config.draft_vocab import read_draft_vocab
+from vllm_layerskip.errors import UserError
 from vllm_layerskip.measuring.shapes import SHAPES, Shape
+
+
+class DecodeCell(NamedTuple):
+    """What is measured at once."""
+
+    prompt_len: int
+    batch_size: int
 
 
 @dataclass(frozen=True)
@@ -54,13 +64,14 @@ class Settings:
         return argv
 
     def identity(self) -> dict[str, Any]:
-        """What a cell's number depends on, besides its mode, batch size and prompt length."""
+        """What a cell's numbers depend on, besides its mode, batch size and prompt length."""
         varying = ("batch_sizes", "prompt_lens")
         return {name: value for name, value in asdict(self).items() if name not in varying}
 
-    def cells(self) -> list[tuple[int, int]]:
-        """``(prompt length, batch size)`` in the order of measuring: small batches first."""
-        return [(length, size) for length in self.prompt_lens for size in sorted(self.batch_sizes)]
+    def cells(self) -> list[DecodeCell]:
+        """The table's cells in the order of measuring: small batches first."""
+        sizes = sorted(self.batch_sizes)
+        return [DecodeCell(length, size) for length in self.prompt_lens for size in sizes]
 
     def model_shape(self) -> Shape:
         """The model's sizes."""
@@ -91,14 +102,21 @@ class Settings:
 
     @property
     def num_draft_vocab_ids(self) -> int | None:
-        """How many ids the draft vocabulary, a size or a file, has."""
+        """How many ids the draft vocabulary (a size or a file) has.
+
+        Raises:
+            UserError: the file is no draft vocabulary of the model.
+        """
         if self.draft_vocab is None:
             return None
         if self.draft_vocab.isdecimal():
             return int(self.draft_vocab)
         source = f"--draft-vocab={self.draft_vocab}"
         vocab_size = self.model_shape().vocab_size
-        return len(read_draft_vocab(Path(self.draft_vocab), source, vocab_size))
+        try:
+            return len(read_draft_vocab(Path(self.draft_vocab), source, vocab_size))
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
 
 _JSON_OPTIONS = ("schedule", "engine_args")
@@ -118,37 +136,68 @@ def read_config(model: str) -> dict[str, Any]:
     """A checkpoint's ``config.json``.
 
     Raises:
-        ValueError: ``model`` is no folder with one.
+        UserError: ``model`` is no folder with one.
     """
     path = Path(model) / "config.json"
     if not path.is_file():
-        raise ValueError(f"--model={model} is no checkpoint folder: it holds no config.json.")
+        raise UserError(f"--model={model} is no checkpoint folder: it holds no config.json.")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options; defaults are filled in by ``settings_from``."""
-    default = Settings()
-    what = parser.add_argument_group("model")
+def add_arguments(parser: argparse.ArgumentParser, several_k: bool = False) -> None:
+    """The options; ``settings_from`` fills in the defaults.
+
+    Args:
+        several_k: ``--num-speculative-tokens`` takes several numbers.
+    """
+    _add_model_arguments(parser.add_argument_group("model"), several_k)
+    _add_load_arguments(parser.add_argument_group("load"))
+    _add_engine_arguments(parser.add_argument_group("engine"))
+
+
+def _add_model_arguments(what: argparse._ArgumentGroup, several_k: bool) -> None:
     what.add_argument("--preset", choices=sorted(PRESETS), help="Fills shape, E, K, acceptance.")
     what.add_argument("--shape", choices=sorted(SHAPES), help="Sizes, with dummy weights.")
     what.add_argument("--model", help="A checkpoint folder, with its real acceptance.")
     what.add_argument("--exit-layer", type=int, help="E; default: preset's or checkpoint's.")
     what.add_argument("--synthetic-acceptance-length", type=float)
     what.add_argument("--draft-vocab", help="File of token ids, or a number N: the first N ids.")
-    what.add_argument("--schedule", type=json.loads, help="JSON: [[first, last batch size, K], …]")
-    load = parser.add_argument_group("load")
-    load.add_argument("--batch-sizes", nargs="+", type=int, help=f"{default.batch_sizes}")
-    load.add_argument("--prompt-lens", nargs="+", type=int, help=f"{default.prompt_lens}")
-    load.add_argument("--output-len", type=int, help=f"{default.output_len}")
-    load.add_argument("--repeats", type=int, help=f"Runs of which the median counts: "
-                      f"{default.repeats}")  # fmt: skip
+    what.add_argument("--schedule", type=_schedule, help="JSON: [[first, last batch size, K], …]")
+    if several_k:
+        what.add_argument("--num-speculative-tokens", nargs="+", type=int, help="K, or several.")
+    else:
+        what.add_argument("--num-speculative-tokens", type=int, help="K")
+
+
+def _schedule(text: str) -> list[list[int]]:
+    """The type of ``--schedule``."""
+    try:
+        schedule = json.loads(text)
+        if all(
+            isinstance(number, int) for first, last, k in schedule for number in (first, last, k)
+        ):
+            return schedule
+    except (ValueError, TypeError):
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} must be JSON such as [[1, 8, 4], [9, 32, 0]]")
+
+
+def _add_load_arguments(load: argparse._ArgumentGroup) -> None:
+    default = Settings()
+    load.add_argument("--batch-sizes", nargs="+", type=positive_int, help=f"{default.batch_sizes}")
+    load.add_argument("--prompt-lens", nargs="+", type=positive_int, help=f"{default.prompt_lens}")
+    load.add_argument("--output-len", type=positive_int, help=f"{default.output_len}")
+    load.add_argument(
+        "--repeats", type=positive_int, help=f"Runs of which the median counts: {default.repeats}"
+    )
     load.add_argument("--prompts", help="random, python (held-out modules), or a JSON-lines file")
-    engine = parser.add_argument_group("engine")
-    engine.add_argument("--dtype", help=default.dtype)
+
+
+def _add_engine_arguments(engine: argparse._ArgumentGroup) -> None:
+    engine.add_argument("--dtype", help=Settings.dtype)
     engine.add_argument("--device", choices=("cuda", "cpu"))
     engine.add_argument("--enforce-eager", action="store_true", default=None)
-    engine.add_argument("--engine-args", type=json.loads, help="JSON of further LLM() arguments.")
+    engine.add_argument("--engine-args", type=json_object, help="JSON of further LLM() arguments.")
     engine.add_argument("--tiny", action="store_true", help="A rehearsal: tiny shape, few tokens.")
 
 
@@ -156,7 +205,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
     """Settings out of parsed options: an option beats the preset, which beats the defaults.
 
     Raises:
-        ValueError: E or K is named nowhere, or model and shape are given both.
+        UserError: E or K is named nowhere, or model and shape are given both.
     """
     given = {
         option.name: value
@@ -164,7 +213,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         if (value := getattr(args, option.name, None)) is not None
     }
     if "model" in given and {"shape", "preset"} & {k for k, v in vars(args).items() if v}:
-        raise ValueError("--model cannot go with --shape or --preset. Give one of them.")
+        raise UserError("--model cannot go with --shape or --preset. Give one of them.")
     values: dict[str, Any] = dict(_REHEARSAL) if args.tiny else {}
     num_drafts = given.pop("num_speculative_tokens", None)
     if "model" in given:
@@ -178,13 +227,13 @@ def settings_from(args: argparse.Namespace) -> Settings:
         settings = replace(settings, num_speculative_tokens=num_drafts)
     settings = replace(settings, **given)
     if settings.exit_layer < 1 or settings.num_speculative_tokens < 1:
-        raise ValueError(
+        raise UserError(
             f"--exit-layer={settings.exit_layer} and --num-speculative-tokens="
             f"{settings.num_speculative_tokens} must be at least 1. Give them, or a --preset "
             f"({', '.join(sorted(PRESETS))}), or a --model whose config.json has them."
         )
     if settings.model is None and settings.shape is None:
-        raise ValueError("Nothing to measure. Give --preset, --shape or --model.")
+        raise UserError("Nothing to measure. Give --preset, --shape or --model.")
     return settings
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes a checkout a distribution that Python finds, without building or installing it.
+"""Lets Python find a checkout's entry points without building or installing it.
 
 vLLM finds a plugin by its entry points, which belong to an installed distribution. On a machine
 without a network ``pip install`` may lack its build backend; the folder made here needs none.

@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine of a session: its GPU, what its memory really moves, its versions.
+"""The machine of a session: its GPU, the bandwidth that its memory reaches, its versions.
 
     python -m benchmarks.gpu.facts --output gpu.json
 
-The measured bandwidth is that of a device-to-device copy, bytes read and written counted. It is
-what a kernel can reach at best, some 90 % of the datasheet's figure.
+The bandwidth is that of a device-to-device copy; bytes read and bytes written both count. A kernel
+reaches no more, some 90 % of the datasheet's figure.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engines.results import write_json
+from benchmarks.engines.command_line import make_parser, mistakes_reported
+from benchmarks.engines.results import write_result
+from vllm_layerskip.errors import UserError
 from vllm_layerskip.measuring.hardware import find_gpu
 from vllm_layerskip.measuring.provenance import provenance
 
@@ -23,8 +25,15 @@ REHEARSAL_BYTES = 64 << 20
 
 
 def copy_bandwidth(device: str, num_bytes: int, repeats: int = 5) -> float:
-    """Bytes/s of a copy on ``device``: the median of ``repeats``, behind a warm-up."""
+    """Bytes/s of a copy on ``device``: the median of ``repeats``, after a warm-up.
+
+    Raises:
+        UserError: there is no such device.
+    """
     import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device=cuda: torch finds no CUDA GPU. Use --device=cpu for a rehearsal.")
 
     source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -33,8 +42,6 @@ def copy_bandwidth(device: str, num_bytes: int, repeats: int = 5) -> float:
 
 
 def _copy_s(source: Any, target: Any, device: str) -> float:
-    import time
-
     import torch
 
     if device == "cpu":
@@ -50,15 +57,14 @@ def _copy_s(source: Any, target: Any, device: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     facts = provenance()
     num_bytes = COPY_BYTES if args.device == "cuda" else REHEARSAL_BYTES
-    bandwidth = copy_bandwidth(args.device, num_bytes)
+    with mistakes_reported(parser):
+        bandwidth = copy_bandwidth(args.device, num_bytes)
     name = facts["gpu"]["name"] if facts["gpu"] else None
     known = find_gpu(name)
     result = {
@@ -66,7 +72,7 @@ def main() -> None:
         "datasheet_bandwidth_tb_s": known and known.bandwidth / 1e12,
         "provenance": facts,
     }
-    write_json(args.output, result)
+    write_result(args.output, result)
     versions = " ".join(f"{key} {value}" for key, value in facts["versions"].items())
     print(f"{name or facts['cpu']['model']}: a copy moves {bandwidth / 1e12:.3f} TB/s; {versions}")
 

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the parts of a session one after the other, whatever becomes of each.
+"""Runs the parts of a session one after the other, even if some of them fail.
 
 A session has a few minutes of a GPU that somebody else needs next, so
 
-* a part has a time limit of its own, and what earlier parts left unused. A part that fails,
-  hangs or is slow takes nothing from the parts behind it;
+* a part has a time limit of its own, plus the time that earlier parts left unused. A part that
+  fails, hangs or is slow takes nothing from later parts;
 * what a part has measured is copied to the delivery folder within a second, so it survives if
   the whole session is killed. A delivery that fails stops nothing;
 * nothing outlives its part. vLLM's engines are processes of their own and hold the GPU's memory,
-  so every descendant is ended behind a part, and a session first ends what a session that was
-  killed left running;
+  so every descendant is ended after a part, and a session first ends the processes that an
+  earlier session left running when it was killed;
 * results of other code are set aside first: a number that an earlier session measured must not
   pass for this code's.
 """
@@ -34,7 +34,8 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.engines.results import OUT_OF_TIME, write_json
+from benchmarks.engines.results import OUT_OF_TIME
+from vllm_layerskip.files.whole import write_json
 from vllm_layerskip.measuring.processes import logged_process
 from vllm_layerskip.measuring.provenance import code_digest, provenance
 
@@ -42,15 +43,15 @@ POLL_S = 0.5
 PATIENCE_S = 5.0
 """How long a part that must end may clean up."""
 MARGIN_S = 8.0
-"""A part that watches its time is to end this long before it would be ended."""
+"""A part that watches its time is told to end this long before the session would end it."""
 CLOCK_TOLERANCE_S = 1.0
 LEAST_S = 5.0
-"""A part is not begun with less."""
+"""The least time with which a part is begun."""
 NOISE = re.compile(r"(INFO|WARNING|DEBUG) \d\d-\d\d |^\[(rank\d+\]:\[)?W\d|\d+%.*\d/\d")
 """Log lines of vLLM and torch, progress bars: in the log, but not on the screen."""
 MAX_COLUMNS = 170
 MAX_DELIVERED = 5
-"""The device tool returns eight files: these, the summary and the archive, which has the rest."""
+"""The device tool returns eight files: these, the summary, and the archive with the rest."""
 
 STATE = "session.json"
 RUNNING = "running.json"
@@ -66,7 +67,7 @@ class Part:
     limit_s: float
     """Seconds; what earlier parts left unused is added."""
     command: Sequence[str]
-    """``{seconds}`` stands for the time in which it should end by itself."""
+    """``{seconds}`` in it stands for the time after which the part should end by itself."""
     num_lines: int = 6
     """How many lines of its output the session prints."""
 
@@ -81,12 +82,12 @@ class Outcome:
 
 
 class Session:
-    """Parts, their results and where those go.
+    """Runs parts, and keeps and delivers their results.
 
     Args:
         results: folder of result files and logs, kept for a later session on this machine.
         delivery: folder that gets a copy of them, if any.
-        summary: the page that ends the session, out of ``results``; delivered after each part.
+        summary: makes the session's page out of ``results``; the page is delivered after each part.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Session:
         self._delivered: dict[Path, int] = {}
 
     def run(self, parts: Sequence[Part]) -> list[Outcome]:
-        """Run all parts; what each came to, in order.
+        """Run all parts; their outcomes, in order.
 
         Raises:
             BlockingIOError: another session runs in this results folder.
@@ -119,7 +120,7 @@ class Session:
         return self.outcomes
 
     def summarise(self) -> str:
-        """The page; a fault of it is no fault of what was measured."""
+        """The page, or the traceback of an error in it, which must not end the session."""
         try:
             return self._summary(self.results)
         except Exception:
@@ -130,11 +131,11 @@ class Session:
         adopt_orphans()
         self._provenance = provenance() | {"code": code_digest()}
         self._set_aside_other_code()
-        # Files of earlier sessions were delivered by those.
+        # Earlier sessions delivered their own files.
         self._delivered = {path: path.stat().st_mtime_ns for path in self._result_files()}
 
     def _set_aside_other_code(self) -> None:
-        """Move the results of other sources away: ``--resume`` would go on with them."""
+        """Move the results of other sources away, since ``--resume`` would go on with them."""
         state = self.results / STATE
         with contextlib.suppress(OSError, ValueError, KeyError):
             known = json.loads(state.read_text(encoding="utf-8"))["provenance"]["code"]
@@ -161,7 +162,7 @@ class Session:
         finally:
             outcome = Outcome(part.name, status, round(time.monotonic() - start, 1))
             self.outcomes.append(outcome)
-            with contextlib.suppress(OSError):  # Nobody listens any more.
+            with contextlib.suppress(OSError):  # Nobody reads the output any more.
                 self._print(part, outcome, log)
 
     def _wait(self, part: Part, log: Path, limit_s: float) -> str:
@@ -230,7 +231,7 @@ def _ended(status: int) -> str:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock file; the kernel lets go of it with this process."""
+    """Hold the lock file; the kernel releases it when this process ends."""
     with path.open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -238,7 +239,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """Have SIGTERM unwind the block, which ends what runs in it, with exit status 143."""
+    """Let SIGTERM raise SystemExit(143) in the block, so that the block ends what it started."""
 
     def leave(signum: int, frame: object) -> None:
         sys.exit(128 + signum)
@@ -262,7 +263,7 @@ def end_descendants() -> None:
 
 
 def remember_descendants(path: Path) -> None:
-    """Write down who runs, for a session after one that was killed."""
+    """Write down what runs, for the next session if this one is killed."""
     running = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -271,13 +272,13 @@ def remember_descendants(path: Path) -> None:
 
 
 def end_remembered(path: Path) -> None:
-    """Kill what a session that was killed left running."""
+    """Kill the processes that a killed session left running."""
     with contextlib.suppress(OSError, ValueError):  # No such file, or a damaged one.
         left = []
         for pid, create_time in json.loads(path.read_text(encoding="utf-8")):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process = psutil.Process(pid)
-                # Otherwise somebody else has its number. (The clock's corrections move the time.)
+                # Otherwise another process has its number. (The clock's corrections move the time.)
                 if abs(process.create_time() - create_time) < CLOCK_TOLERANCE_S:
                     left.append(process)
         _kill(left)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a GPU session came to, in one page of Markdown, out of the files in its results folder.
+"""What a GPU session measured, in one page of Markdown, from the files in its results folder.
 
-Limits are those of the very GPU: the datasheet's bandwidth where ``hardware.py`` knows the GPU,
-otherwise what a copy measured in the same session.
+Limits are those of the session's GPU: with the datasheet's bandwidth if
+``vllm_layerskip/measuring/hardware.py`` knows the GPU, otherwise with that of a measured copy.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from benchmarks.decode import summary as summary_table
-from benchmarks.decode.report import markdown
+from benchmarks.decode import summary as decode_summary
+from benchmarks.engines.markdown import markdown
 from benchmarks.engines.results import is_result_file, load_records
-from benchmarks.gpu import check_graphs
-from benchmarks.serve.summary import SERVE_HEADER, is_serve_record, serve_cells
+from benchmarks.gpu.verdict import describe
+from benchmarks.serve.summary import SERVE_HEADER, is_serve_record, serve_columns
 
 CHECKS = ("exact.json", "bf16.json")
-HEADER = (*summary_table.HEADER, "tok/s limit")
+HEADER = (*decode_summary.HEADER, "tok/s limit")
 
 
 def summary(results: Path) -> str:
-    """The page; what a session has not measured (yet) is left out."""
+    """The page; it leaves out what the session has not measured (yet)."""
     return "\n\n".join(_parts(results)) + "\n"
 
 
@@ -39,7 +39,7 @@ def _parts(results: Path) -> Iterator[str]:
 
 
 def _guarded(path: Path, make: Callable[..., Iterator[str]], *args: Any) -> Iterator[str]:
-    """What ``make`` yields of a file; of one that cannot be read, a line that says so."""
+    """What ``make`` yields for a file; for one that cannot be read, a line that says so."""
     if not path.exists():
         return
     try:
@@ -66,7 +66,7 @@ def _bandwidth(path: Path) -> float | None:
 
 
 def _check(path: Path) -> Iterator[str]:
-    yield check_graphs.describe(_read(path))
+    yield describe(_read(path))
 
 
 def _outcomes(path: Path) -> Iterator[str]:
@@ -82,13 +82,13 @@ def _tables(path: Path, bandwidth: float | None) -> Iterator[str]:
     yield f"**{path.name}.** {' '.join(notes)}".rstrip()
     decode = [record for record in records if not is_serve_record(record)]
     if decode:
-        table = summary_table.rows(decode, bandwidth)
-        limits = (summary_table.format_figure(row.tokens_limit, ".0f") for row in table)
-        body = zip(map(summary_table.cells, table), limits, strict=True)
-        yield markdown(HEADER, ([*cells, limit] for cells, limit in body))
+        results = decode_summary.decode_results(decode, bandwidth)
+        limits = (decode_summary.format_figure(one.tokens_limit, ".0f") for one in results)
+        body = zip(map(decode_summary.columns, results), limits, strict=True)
+        yield markdown(HEADER, ([*columns, limit] for columns, limit in body))
     serve = [record for record in records if is_serve_record(record)]
     if serve:
-        yield markdown(SERVE_HEADER, map(serve_cells, serve))
+        yield markdown(SERVE_HEADER, map(serve_columns, serve))
 
 
 def _read(path: Path) -> Any:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and figures of documents, made from result files."""
+"""Reports of result files, and the tables and figures of documents."""

@@ -1,22 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of docs/models.md: the supported architectures.
+"""Make the table of docs/models.md again: the supported architectures.
 
 python -m benchmarks.pages.architectures
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from benchmarks.pages.tables import Tables, write_tables
+from benchmarks.engines.command_line import make_parser
+from benchmarks.pages.tables import ROOT, Tables, write_tables
 from vllm_layerskip.architectures import SUPPORTED_ARCHITECTURES
 
-ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "models.md"
 
 
 def table() -> str:
-    """A Markdown table, a row for each class; what shares a class shares its row."""
+    """A Markdown table with a row for each class; architectures of one class share a row."""
     names: dict[str, list[str]] = {}
     models = {}
     for name, model in SUPPORTED_ARCHITECTURES.items():
@@ -35,6 +33,7 @@ TABLES: Tables = {"architectures": table}
 
 
 def main() -> None:
+    make_parser(__doc__).parse_args()
     write_tables(PAGE, TABLES)
     print(PAGE.relative_to(ROOT))
 

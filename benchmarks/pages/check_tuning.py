@@ -3,15 +3,13 @@
 
     python -m benchmarks.pages.check_tuning CHOICE SWEEP
 
-Both are results folders of `tune`; the sweep's is one of `--num-measured all` with the same
-settings. For each batch size the chosen E with its scheduled K is compared with the sweep's best
-cell, both by the sweep's numbers. It exits with 1 if the choice is more than 10 % slower at
-any of them.
+Both are results folders of `tune`; SWEEP was made with `--num-measured all` and the same settings.
+For each batch size the chosen E with its scheduled K is compared with the sweep's best cell, both
+by the sweep's numbers. The exit status is 1 if the choice is more than 10 % slower at any of them.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable
@@ -19,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engines.command_line import make_parser, mistakes_reported
+from vllm_layerskip.errors import UserError, first_line
 from vllm_layerskip.tuning.cells import PLAIN, Row, least_disturbed, load_rows
 from vllm_layerskip.tuning.tune import CELLS_FILE
 
@@ -36,18 +36,18 @@ class Comparison:
 
     @property
     def loss(self) -> float:
-        """Share of the best cell's speed that the chosen one lacks."""
+        """How much slower the chosen cell is than the best one, as a share."""
         return 1 - self.chosen.tokens_per_s / self.best.tokens_per_s
 
     def __str__(self) -> str:
-        def cell(row: Row) -> str:
+        def figures(row: Row) -> str:
             name = "E={} K={}".format(*row.cell)
             ratio = row.tokens_per_s / self.plain
             return f"{name}, {row.tokens_per_s:.1f} tokens/s ({ratio:.3f} x plain)"
 
         return (
-            f"batch {self.batch_size}: chosen {cell(self.chosen)}, best of the sweep "
-            f"{cell(self.best)}: {100 * self.loss:.1f} % slower"
+            f"batch {self.batch_size}: chosen {figures(self.chosen)}, best of the sweep "
+            f"{figures(self.best)}: {100 * self.loss:.1f} % slower"
         )
 
 
@@ -68,10 +68,10 @@ def chosen_cell(report: dict[str, Any], batch_size: int) -> tuple[int, int]:
 
 
 def compare(report: dict[str, Any], rows: Iterable[Row]) -> list[Comparison]:
-    """For each batch size of the choice.
+    """A comparison for each batch size of the choice.
 
     Raises:
-        ValueError: the sweep lacks a cell of the report's grid.
+        UserError: the sweep lacks a cell of the report's grid.
     """
     by_cell = least_disturbed(rows)
     grid, comparisons = report["grid"], []
@@ -79,9 +79,7 @@ def compare(report: dict[str, Any], rows: Iterable[Row]) -> list[Comparison]:
     for batch_size in grid["batch_sizes"]:
         missing = [cell for cell in (PLAIN, *cells) if (cell, batch_size) not in by_cell]
         if missing:
-            raise ValueError(
-                f"The sweep lacks {missing} at batch size {batch_size}. Go on with it."
-            )
+            raise UserError(f"The sweep lacks {missing} at batch size {batch_size}. Go on with it.")
         sweep = [by_cell[cell, batch_size] for cell in cells]
         comparisons.append(
             Comparison(
@@ -94,20 +92,34 @@ def compare(report: dict[str, Any], rows: Iterable[Row]) -> list[Comparison]:
     return comparisons
 
 
+def _read_report(folder: Path) -> dict[str, Any]:
+    path = folder / "report.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {first_line(error)}. Give a results folder of tune.") from None
+
+
+def compare_folders(choice: Path, sweep: Path) -> list[Comparison]:
+    """A comparison for each batch size of the choice.
+
+    Raises:
+        UserError: a folder holds no results, or the two do not fit together.
+    """
+    report = _read_report(choice)
+    settings = {row["settings"] for row in _read_report(sweep)["measured"]}
+    if settings != {row["settings"] for row in report["measured"]}:
+        raise UserError("The two were measured under different settings. Run both alike.")
+    return compare(report, [r for r in load_rows(sweep / CELLS_FILE) if r.settings in settings])
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("choice", type=Path)
     parser.add_argument("sweep", type=Path)
     args = parser.parse_args()
-    report = json.loads((args.choice / "report.json").read_text(encoding="utf-8"))
-    sweep = json.loads((args.sweep / "report.json").read_text(encoding="utf-8"))
-    settings = {row["settings"] for row in sweep["measured"]}
-    if settings != {row["settings"] for row in report["measured"]}:
-        parser.error("The two were measured under different settings. Run both alike.")
-    rows = [row for row in load_rows(args.sweep / CELLS_FILE) if row.settings in settings]
-    comparisons = compare(report, rows)
+    with mistakes_reported(parser):
+        comparisons = compare_folders(args.choice, args.sweep)
     for comparison in comparisons:
         print(comparison)
     return int(any(comparison.loss > TOLERANCE for comparison in comparisons))

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of documents that a command makes, between ``<!-- table: NAME -->`` and an end mark."""
+"""Tables of documents that a command makes: each between two comments.
+
+The first is ``<!-- table: NAME -->``, the second ``<!-- end of table -->``.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,16 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from vllm_layerskip.files.whole import write_text
+
+ROOT = Path(__file__).parents[2]
 Tables = Mapping[str, Callable[[], str]]
 
 _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->)\n.*?(<!-- end of table -->)", re.DOTALL)
 
 
 def with_tables(page: str, tables: Tables) -> str:
-    """The page with its tables made again.
+    """The page with new tables.
 
     Raises:
         ValueError: the page has other tables than ``tables``.
@@ -25,5 +31,5 @@ def with_tables(page: str, tables: Tables) -> str:
 
 
 def write_tables(path: Path, tables: Tables) -> None:
-    """Make a page's tables again."""
-    path.write_text(with_tables(path.read_text(encoding="utf-8"), tables), encoding="utf-8")
+    """Replace a page's tables by new ones."""
+    write_text(path, with_tables(path.read_text(encoding="utf-8"), tables))

@@ -3,42 +3,36 @@
 
     python -m benchmarks.pages.write_results
 
-Every number of its tables has its file; ``tests/unit/benchmarks/test_results_page.py`` makes the
-tables and figures again and compares.
+Every number of its tables comes from a file; ``tests/unit/benchmarks/test_results_page.py`` makes
+tables and figures again and compares them with the committed ones.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from benchmarks.decode.report import markdown
-from benchmarks.decode.report import report as decode_report
+from benchmarks.engines.command_line import make_parser
+from benchmarks.engines.markdown import markdown
 from benchmarks.engines.results import command_today
 from benchmarks.pages.check_tuning import Comparison, compare
-from benchmarks.pages.tables import write_tables
-from benchmarks.prompts.real_prompts import category_table, left_out, load, two_digits
+from benchmarks.pages.figures import draw_figures
+from benchmarks.pages.report import report as decode_report
+from benchmarks.pages.tables import ROOT, Tables, write_tables
+from benchmarks.prompts.records import load
 from benchmarks.prompts.summary import label, runs_spread, speedup_range, summarize
+from benchmarks.prompts.tables import category_table, equal_answers, left_out, two_digits
 from vllm_layerskip.tuning.cells import PLAIN, Row, least_disturbed, load_rows
 from vllm_layerskip.tuning.tune import CELLS_FILE
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "results.md"
 FIGURES = ROOT / "docs" / "figures"
 PROMPTS = ROOT / "benchmarks" / "results" / "real-prompts"
 TUNING = ROOT / "docs" / "tuning" / "embedded-cpu"
 SCORES = ROOT / "vllm_layerskip" / "checkpoint" / "scores.json"
 LARGEST_SPREAD = 0.2
-"""Of a mode's runs, beyond which the few runs of a category say nothing of speed."""
-# Okabe and Ito's palette, told apart with every kind of colour vision.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000", "#999999")
-_RC: Any = {"svg.hashsalt": "vllm-layerskip", "svg.fonttype": "none", "font.size": 8}
+"""If a mode's runs spread more, the few runs of a category say nothing about speed."""
 
 
 def checkpoint_table() -> str:
@@ -51,7 +45,7 @@ def checkpoint_table() -> str:
     body = []
     for our_exit, twin_exit in zip(ours["exits"], twin["exits"], strict=True):
         e = our_exit["exit_layer"]
-        # The last layer is the model, which drafts nothing.
+        # The last exit is the whole model, which drafts nothing.
         lengths = ours["acceptance_length"].get(f"E={e}", {})
         twin_lengths = twin["acceptance_length"].get(f"E={e}", {})
         body.append(
@@ -93,19 +87,19 @@ def _modes(records: Sequence[dict[str, Any]]) -> str:
     for record in records:
         result = summarize(record, plain)[-1]
         slowest, fastest = speedup_range(record, plain)
-        cells = [
+        columns = [
             label(record),
             two_digits(result.acceptance_length),
-            "" if result.num_equal is None else f"{result.num_equal} of {result.num_answers}",
+            equal_answers(result),
             ", ".join(f"{speed:.1f}" for speed in record["runs_tokens_per_s"]),
         ]
         if record is not plain:
-            cells += [
+            columns += [
                 two_digits(result.speedup),
                 f"{slowest:.2f} to {fastest:.2f}",
                 two_digits(result.decoding_speedup),
             ]
-        body.append(cells + [""] * (len(header) - len(cells)))
+        body.append(columns + [""] * (len(header) - len(columns)))
     if _is_steady(records):
         return markdown(header, body)
     note = (
@@ -189,7 +183,7 @@ def _tuning_at(found: Comparison, rows: Sequence[Row]) -> str:
 def shape_table() -> str:
     """The 1B shape on a CPU, beside its byte limit."""
     text = decode_report(ROOT / "benchmarks" / "results" / "cpu-1b.json")
-    # Its headings are the file's own.
+    # Without its headings, which name the file and the model.
     return "\n".join(line for line in text.splitlines() if not line.startswith("#")).strip()
 
 
@@ -206,7 +200,7 @@ def runners_table() -> str:
     return f"{made}\n\nAgain: `{command_today(content['provenance'])}`"
 
 
-TABLES: dict[str, Callable[[], str]] = {
+TABLES: Tables = {
     "checkpoint": checkpoint_table,
     "functions-1": _prompts_table("functions-b1"),
     "functions-4": _prompts_table("functions-b4"),
@@ -217,90 +211,10 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def draw_acceptance(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Acceptance length by category, a bar for each (E, K)."""
-    plain = next(record for record in records if record["mode"] == "plain")
-    drafting = [record for record in records if record["mode"] == "layerskip"]
-    results = [summarize(record, plain) for record in drafting]
-    names = [result.category for result in results[0]]
-    with _figure(path, (7.2, 3.2)) as axes:
-        width = 0.8 / len(drafting)
-        for number, (record, found) in enumerate(zip(drafting, results, strict=True)):
-            by_name = {result.category: result.acceptance_length or 1 for result in found}
-            axes.bar(
-                [i + (number - (len(drafting) - 1) / 2) * width for i in range(len(names))],
-                [by_name[name] for name in names],
-                width,
-                color=_COLORS[number],
-                hatch=("", "///", "...", "xxx")[number % 4],
-                edgecolor="white",
-                linewidth=0,
-                label=label(record),
-            )
-        axes.axhline(1, color="#666666", linewidth=0.8)
-        axes.set_xticks(range(len(names)), names, rotation=60, ha="right")
-        axes.set_ylabel("acceptance length\n(tokens per decoding step)")
-        axes.legend(frameon=False, ncols=len(drafting), loc="lower right", bbox_to_anchor=(1, 1))
-
-
-def draw_speeds(tables: Mapping[int, Sequence[dict[str, Any]]], path: Path) -> None:
-    """Every run's throughput, a row for each mode and a mark for each batch size."""
-    names = list(dict.fromkeys(label(r) for records in tables.values() for r in records))
-    with _figure(path, (7.2, 0.6 + 0.3 * len(names))) as axes:
-        for number, (batch_size, records) in enumerate(sorted(tables.items())):
-            points = [
-                (speed, names.index(label(record)))
-                for record in records
-                for speed in record["runs_tokens_per_s"]
-            ]
-            axes.plot(
-                *zip(*points, strict=True),
-                linestyle="",
-                marker="os^Dv"[number % 5],
-                markersize=5,
-                fillstyle="none",
-                color=_COLORS[number],
-                label=f"batch {batch_size}",
-            )
-        axes.set_yticks(range(len(names)), names)
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_xlim(left=0)
-        axes.set_xlabel(
-            "output tokens/s of all requests together, prefill included; a mark is a run"
-        )
-        axes.legend(frameon=False, ncols=len(tables), loc="lower right", bbox_to_anchor=(1, 1))
-
-
-@contextmanager
-def _figure(path: Path, inches: tuple[float, float]) -> Iterator[Axes]:
-    """A figure of one panel, written at the end of the block: the same data make the same file."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context(_RC):
-        figure = Figure(figsize=inches, layout="constrained")
-        axes = figure.subplots()
-        yield axes
-        axes.spines[["top", "right"]].set_visible(False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="svg", metadata={"Date": None})
-    # Matplotlib ends some lines with a space.
-    lines = path.read_text(encoding="utf-8").splitlines()
-    path.write_text("".join(f"{line.rstrip()}\n" for line in lines), encoding="utf-8")
-
-
-def draw_figures(folder: Path) -> list[Path]:
-    """Write all figures to a folder; returns their paths."""
-    one, four = (load(PROMPTS / f"functions-b{size}.json") for size in (1, 4))
-    paths = [folder / "acceptance-by-module.svg", folder / "speed-by-mode.svg"]
-    draw_acceptance(one, paths[0])
-    draw_speeds({1: one, 4: four}, paths[1])
-    return paths
-
-
 def main() -> None:
+    make_parser(__doc__).parse_args()
     write_tables(PAGE, TABLES)
-    for path in (PAGE, *draw_figures(FIGURES)):
+    for path in (PAGE, *draw_figures(PROMPTS, FIGURES)):
         print(path.relative_to(ROOT))
 
 

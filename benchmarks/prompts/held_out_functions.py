@@ -3,17 +3,18 @@
 
     python -m benchmarks.prompts.held_out_functions 24 > functions.jsonl
 
-Each is the signature and docstring of a function of a held-out module of the standard library, with
-its body as ``canonical_solution``. The module is the category.
+A prompt is the signature and docstring of a function in one of the standard library's held-out
+modules; its body is the ``canonical_solution``, and the module is the category.
 """
 
 from __future__ import annotations
 
 import ast
 import json
-import sys
 from collections.abc import Iterator
 
+from benchmarks.engines.command_line import make_parser, positive_int
+from benchmarks.engines.questions import in_turn
 from vllm_layerskip.files.corpus import load_stdlib
 
 
@@ -35,13 +36,13 @@ def functions(module: str, source: str) -> Iterator[dict[str, str]]:
 
 
 def main() -> None:
-    number = int(sys.argv[1]) if len(sys.argv) > 1 else None
+    parser = make_parser(__doc__)
+    parser.add_argument("number", type=positive_int, nargs="?", help="Of questions. Default: all.")
+    number = parser.parse_args().number
     modules = sorted(load_stdlib().held_out.items())
     by_module = [list(functions(name.removesuffix(".py"), text)) for name, text in modules]
-    # The modules in turn, so that a few questions are of many modules.
-    longest = max(map(len, by_module))
-    turns = [found[i] for i in range(longest) for found in by_module if i < len(found)]
-    for record in turns[:number]:
+    # The modules in turn, so that a few questions come from many modules.
+    for record in in_turn(by_module)[:number]:
         print(json.dumps(record))
 
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One mode of ``real_prompts.py``, in a process of its own: ``measure_prompts.py JOB OUTPUT``.
+"""Measure one mode of ``benchmarks.prompts.real_prompts`` in this process.
 
-As many requests as the batch size run at once; one that ends makes room for the next. A second turn
-is asked with its first turn and the mode's own answer before it. Prefix caching is off, so that
-every run does the whole work.
+    python -m benchmarks.prompts.measure JOB OUTPUT
+
+Both are files of JSON. As many requests as the batch size run at once; one that ends makes room for
+the next. The prompt of a second turn holds the first turn and the mode's own answer. Prefix caching
+is off, so that every run does the whole work.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.engines.arguments import engine_arguments, prepare_environment
+from benchmarks.engines.questions import Question
 from benchmarks.engines.settings import Settings
 from benchmarks.prompts.chats import Chats
-from benchmarks.prompts.questions import Question
+from vllm_layerskip.measuring.provenance import provenance
 from vllm_layerskip.tuning.cells import output_digest
 
 if TYPE_CHECKING:
@@ -90,7 +93,7 @@ class Asker:
         self.engine, self.sampling, self.batch_size = llm.llm_engine, sampling, batch_size
         self.chats = Chats(llm.get_tokenizer(), sampling.chat)
         self.left_out: Counter[str] = Counter()
-        """Later turns, by category, that their first answers made too long."""
+        """By category, the later turns that are too long with the answers before them."""
 
     def ask(self, questions: Sequence[Question]) -> tuple[list[Turn], float]:
         """All turns of all questions, and the seconds that they took."""
@@ -122,7 +125,7 @@ class Asker:
         if not 0 < len(ids) <= sampling.max_prompt_tokens:
             self.left_out[turn.question.category] += len(turns) - turn.number
             return False
-        # The same in every mode, and another one for every question.
+        # Each turn has a seed of its own, the same in every mode.
         digest = hashlib.sha256(f"{sampling.seed} {turn.key}".encode()).digest()
         params = SamplingParams(
             temperature=sampling.temperature,
@@ -154,52 +157,22 @@ class Asker:
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Run a job; what is known of each answer."""
+    """Run a job; its record."""
     settings = Settings(**job["settings"])
-    sampling = Sampling(**job["sampling"])
     questions = [Question(q["id"], q["category"], tuple(q["turns"])) for q in job["questions"]]
     (batch_size,) = settings.batch_sizes
     prepare_environment(settings.device)
     import torch
-    from vllm import LLM
-
-    from vllm_layerskip.measuring.provenance import provenance
 
     with tempfile.TemporaryDirectory() as folder:
-        arguments = engine_arguments(settings, job["mode"], Path(folder))
         begin = time.perf_counter()
-        arguments["enable_prefix_caching"] = False
-        if arguments["speculative_config"] is not None:
-            arguments["per_request_spec_decode_metrics"] = "summary"
-        llm = LLM(**arguments)
+        llm = _start_engine(settings, job["mode"], Path(folder))
         runner = llm.collective_rpc(_runner_module)[0]
         start_s = round(time.perf_counter() - begin, 2)
-        asker = Asker(llm, sampling, batch_size)
+        asker = Asker(llm, Sampling(**job["sampling"]), batch_size)
         asker.ask(questions[: 2 * batch_size])  # Warm-up.
         runs = [asker.ask(questions) for _ in range(settings.repeats)]
         llm.llm_engine.engine_core.shutdown()
-    order = {question.id: index for index, question in enumerate(questions)}
-    by_key = [{turn.key: turn for turn in turns} for turns, _ in runs]
-    answers = [
-        {
-            "key": turn.key,
-            "question": turn.question.id,
-            "category": turn.question.category,
-            "num_prompt_tokens": turn.num_prompt_tokens,
-            "num_tokens": len(turn.token_ids),
-            "finish_reason": turn.finish_reason,
-            "output": output_digest(turn.token_ids),
-            "same_in_every_run": all(
-                turn.key in run and run[turn.key].token_ids == turn.token_ids for run in by_key
-            ),
-            "num_steps": turn.num_steps,
-            "num_draft_tokens": turn.num_draft_tokens,
-            "num_accepted_tokens": turn.num_accepted_tokens,
-            "tpot_ms": [_ms(run[turn.key].tpot_s) if turn.key in run else None for run in by_key],
-            "total_ms": [_ms(run[turn.key].seconds) if turn.key in run else None for run in by_key],
-        }
-        for turn in sorted(runs[0][0], key=lambda turn: (order[turn.question.id], turn.number))
-    ]
     return {
         "mode": job["mode"],
         "settings": settings.identity() | {"batch_size": batch_size},
@@ -211,13 +184,51 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             "model_runner": runner,
             "num_threads": torch.get_num_threads(),
         },
-        "answers": answers,
+        "answers": _answers(questions, [turns for turns, _ in runs]),
         "runs_tokens_per_s": [
             round(sum(len(turn.token_ids) for turn in turns) / seconds, 2)
             for turns, seconds in runs
         ],
         # This process's own arguments are two temporary files.
         "provenance": {k: value for k, value in provenance().items() if k != "argv"},
+    }
+
+
+def _start_engine(settings: Settings, mode: str, folder: Path) -> LLM:
+    from vllm import LLM
+
+    arguments = engine_arguments(settings, mode, folder) | {"enable_prefix_caching": False}
+    if arguments["speculative_config"] is not None:
+        arguments["per_request_spec_decode_metrics"] = "summary"
+    return LLM(**arguments)
+
+
+def _answers(questions: Sequence[Question], runs: Sequence[Sequence[Turn]]) -> list[dict[str, Any]]:
+    """What is known of each answer, in the order of the questions; ``runs`` are its repeats."""
+    order = {question.id: index for index, question in enumerate(questions)}
+    by_key = [{turn.key: turn for turn in turns} for turns in runs]
+    turns = sorted(runs[0], key=lambda turn: (order[turn.question.id], turn.number))
+    return [_answer(turn, [run.get(turn.key) for run in by_key]) for turn in turns]
+
+
+def _answer(turn: Turn, repeats: Sequence[Turn | None]) -> dict[str, Any]:
+    """An answer of the first run, with the times of all runs; None where a run lacks the turn."""
+    return {
+        "key": turn.key,
+        "question": turn.question.id,
+        "category": turn.question.category,
+        "num_prompt_tokens": turn.num_prompt_tokens,
+        "num_tokens": len(turn.token_ids),
+        "finish_reason": turn.finish_reason,
+        "output": output_digest(turn.token_ids),
+        "same_in_every_run": all(
+            again is not None and again.token_ids == turn.token_ids for again in repeats
+        ),
+        "num_steps": turn.num_steps,
+        "num_draft_tokens": turn.num_draft_tokens,
+        "num_accepted_tokens": turn.num_accepted_tokens,
+        "tpot_ms": [None if again is None else _ms(again.tpot_s) for again in repeats],
+        "total_ms": [None if again is None else _ms(again.seconds) for again in repeats],
     }
 
 

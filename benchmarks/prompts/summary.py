@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run of ``real_prompts.py`` shows, by category.
+"""What a run of ``benchmarks.prompts.real_prompts`` shows, by category.
 
 * **Acceptance length**: tokens a decoding step, 1 + accepted drafts / steps, over the category's
-  answers; a step without a draft (n-gram) counts as one token. What a stop token or the token limit
-  cuts off the last step is accepted all the same, as in vLLM's own metric.
-* **Tokens/s**: as Spec-Bench has it, the mean over questions of a question's tokens over the
+  answers; a step without a draft (n-gram) counts as one token. Drafts that a stop token or the
+  token limit cuts off the last step count as accepted, as in vLLM's own metric.
+* **Tokens/s**: Spec-Bench's definition, the mean over questions of a question's tokens over the
   seconds of its requests, prefill included; a request's seconds are the median of the runs.
 * **Speed-up**: the ratio of these means to plain decoding's, on the questions that both answered;
   Spec-Bench's definition, so that it compares with published tables.
@@ -28,13 +28,13 @@ Answer = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class CategoryResult:
-    """One mode in one category; what was not to be seen is None."""
+    """One mode in one category; what does not exist is None."""
 
     category: str
     num_questions: int
     num_answers: int
     num_tokens: float
-    """Mean of an answer."""
+    """Mean tokens of an answer."""
     acceptance_length: float | None
     tokens_per_s: float
     speedup: float
@@ -72,13 +72,13 @@ def summarize(record: Mapping[str, Any], plain: Mapping[str, Any]) -> list[Categ
 
 
 def runs_spread(record: Mapping[str, Any]) -> float:
-    """(max - min) / median of the throughput of a record's runs."""
+    """(max - min) / median of the runs' tokens/s."""
     speeds = record["runs_tokens_per_s"]
     return (max(speeds) - min(speeds)) / statistics.median(speeds)
 
 
 def speedup_range(record: Mapping[str, Any], plain: Mapping[str, Any]) -> tuple[float, float]:
-    """Lowest and highest ratio of the throughputs of any run and any of plain decoding's."""
+    """Lowest and highest ratio of a run's tokens/s to those of a run of plain decoding."""
     ours, theirs = record["runs_tokens_per_s"], plain["runs_tokens_per_s"]
     return min(ours) / max(theirs), max(ours) / min(theirs)
 

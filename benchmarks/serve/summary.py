@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a serving table out of the records of ``serve_bench.py``."""
+"""The texts of a serving table, from the records of ``benchmarks.serve.bench``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def is_serve_record(record: Record) -> bool:
     return record["kind"] == "serve"
 
 
-def serve_cells(record: Record) -> list[str]:
-    """A record's cells under ``SERVE_HEADER``."""
+def serve_columns(record: Record) -> list[str]:
+    """A record's texts under ``SERVE_HEADER``; one that was not measured says why."""
     start = [record["mode"], str(record.get("concurrency", ""))]
     if record["status"] != "ok":
         reason = f"{record['status']}: {record.get('reason', '')}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark tool on a CPU, as it runs on a GPU: the same commands, processes and files."""
+"""The benchmarks on a CPU, with the commands, processes and files of a GPU."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """``gpu_session.sh --tiny first``: what it delivered and what it printed."""
     folder = tmp_path_factory.mktemp("first")
     environment = {**os.environ, "PYTHON": sys.executable, "RESULTS": str(folder / "results")}
-    # As on a GPU: engines in processes of their own choice, not in this one's way.
+    # As on a GPU, the programs decide whether engines get processes of their own.
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     process = subprocess.run(
         ["bash", str(ROOT / "benchmarks" / "gpu_session.sh"), "--tiny", "first"],
@@ -113,7 +113,7 @@ def test_a_table_its_report_and_resuming_it(rehearsal, tmp_path):
         assert record["provenance"]["versions"]["vllm-layerskip"]
         command = record["provenance"]["command"]
         assert command.startswith("python -m benchmarks.decode.compare --output first-7b.json")
-    report = run_module("decode.report", output).stdout
+    report = run_module("pages.report", output).stdout
     assert "| 16 | 2 | layerskip | E=2 K=4 |" in report
     assert "torch.compile and JIT warm-up are off" in report
 
@@ -178,7 +178,7 @@ def test_serving_under_load(checkpoint, tmp_path):
         assert record["result"]["completed"] == 2
         assert record["result"]["median_tpot_ms"] > 0
         assert record["result"]["spec_decode_acceptance_length"] > 1.3
-    assert "TTFT ms" in run_module("decode.report", output).stdout
+    assert "TTFT ms" in run_module("pages.report", output).stdout
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""real_prompts.py on the embedded checkpoint: the command, its processes and its file."""
+"""benchmarks.prompts.real_prompts on the embedded checkpoint: its processes and its file."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def runs_upward(importer: str, imported: str) -> bool:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_no_import_runs_upward(name):
-    """Nor does one in a function: it may be late to be cheap, not to hide a circle."""
+    """Not even one inside a function: a late import may save time, but not hide a circle."""
     upward = [found for found in imports_of(name, everywhere=True) if runs_upward(name, found)]
     assert upward == []
 

@@ -36,14 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from vllm_layerskip.training.config import TrainConfig
-
     if args.num_workers < 1:
         raise UserError(f"--num-workers {args.num_workers} must be at least 1.")
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite exclude each other. Pass one of them.")
-    config = TrainConfig.from_yaml(args.config)
     try:
+        from vllm_layerskip.training.config import TrainConfig
+
+        config = TrainConfig.from_yaml(args.config)
         from vllm_layerskip.training.run import train
     except ImportError as error:
         raise UserError(

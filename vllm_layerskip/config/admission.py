@@ -22,13 +22,13 @@ class Setting:
     """An engine setting with the only values that LayerSkip runs with."""
 
     name: str
-    """As users of ``EngineArgs`` and of the command line know it."""
+    """Its name in ``EngineArgs`` and on the command line."""
     why: str
     """What LayerSkip lacks, or what would go wrong."""
     only: tuple[Any, ...]
     """The valid values, the default first."""
     read: Callable[[Any, Any], Any] | None = None
-    """The value, from (EngineArgs, ParallelConfig); by default the attribute of EngineArgs."""
+    """Reads the value from (EngineArgs, ParallelConfig); None reads EngineArgs' attribute."""
 
     def value(self, engine_args: Any, parallel_config: Any) -> Any:
         if self.read is None:
@@ -37,7 +37,7 @@ class Setting:
 
 
 def _of_parallel_config(name: str) -> Callable[[Any, Any], Any]:
-    # Where vLLM has resolved defaults.
+    # vLLM has resolved the defaults there.
     return lambda engine_args, parallel_config: getattr(parallel_config, name)
 
 
@@ -72,7 +72,7 @@ REFUSED: tuple[Setting, ...] = (
     Setting("kv_transfer_config", _CONNECTOR, (None,)),
     Setting("kv_offloading_size", _CONNECTOR, (None,)),
     Setting(
-        "cpu_offload_gb", "nobody has seen draft passes run on weights in the host's memory", (0,)
+        "cpu_offload_gb", "nobody has tested draft passes with weights in the host's memory", (0,)
     ),
     Setting(
         "offload_group_size",

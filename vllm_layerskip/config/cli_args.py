@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flags of ``vllm serve`` and ``vllm bench`` that vLLM does not have."""
+"""LayerSkip's own flags of ``vllm serve`` and ``vllm bench``."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A draft vocabulary: the token ids that drafts may be.
+"""A draft vocabulary: the token ids that may be drafted.
 
 Drafting reads the LM head K times a step, and on a large vocabulary the head outweighs a
 layer. Most text needs a fraction of the ids, so drafts can do with those rows of the head
-(FR-Spec, arXiv 2502.14856). Verification sees all of them, so nothing is lost but a draft:
-a token outside of the draft vocabulary is never drafted and costs a rejection.
+(FR-Spec, arXiv 2502.14856). Verification uses the whole head, so the output stays exact. A token
+outside of the draft vocabulary is never drafted, which costs only a rejection.
 
 A file holds the ids as text: a JSON array, or one id a line. Nothing is ever unpickled.
-Free of vLLM and torch.
+This module imports neither vLLM nor torch.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def read_draft_vocab(path: Path, source: str, vocab_size: int) -> DraftVocab:
     try:
         status = path.stat()
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-            # A pipe would block, a device never end.
+            # Reading a pipe would block; a device would never end.
             raise ValueError(f"{source}: this is no regular file. Correct the path. {REMEDY}")
         num_bytes = status.st_size
         if num_bytes > MAX_FILE_BYTES:

@@ -51,7 +51,7 @@ def find_request(hf_overrides: object) -> EarlyExitRequest | None:
 def refuse_speculation(
     request: EarlyExitRequest, speculative_config: Mapping[str, Any] | None
 ) -> None:
-    """Early exit and speculation exclude each other.
+    """Refuse early exit together with speculation.
 
     Raises:
         ValueError: the engine would speculate.
@@ -69,10 +69,10 @@ def cut_overrides(request: EarlyExitRequest, model_config: Any) -> dict[str, Any
     """``hf_overrides`` under which vLLM serves the first E layers of a model.
 
     Args:
-        model_config: vLLM's, of the whole model.
+        model_config: vLLM's config of the whole model.
 
     Raises:
-        ValueError: the model or E is not supported; the message says what is.
+        ValueError: the model or E is not supported; the message says what is valid.
     """
     architecture = model_config.architecture
     _check_model(request, model_config, architecture)
@@ -136,7 +136,7 @@ def per_layer_values(
         for key, value in hf_config.items()
         if "layer" in key and isinstance(value, list | tuple) and len(value) == num_layers
     }
-    # Qwen2: layers from this one on have a sliding window, if any has.
+    # Qwen2: layers from this index on have a sliding window, if any has.
     if isinstance(first := hf_config.get("max_window_layers"), int):
         values["max_window_layers"] = min(first, exit_layer)
     return values

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """E and K of the published LayerSkip checkpoints, whose config.json has no ``layerskip`` block.
 
-No table of Meta's names a pair for each checkpoint. These are the pairs of the method's own
-paper and README, and of transformers' examples, as far as they state them. Where a source
-drafts until its confidence falls (``dynamic``), it names no K. Those get ``DYNAMIC_K``, the one
-fixed K that is published for an exit at a quarter of a small model (the reference's own test of
-Llama 3.2 1B). They are a start: ``vllm-layerskip tune`` finds the pair for a machine and a load.
+Meta publishes no table with a pair for each checkpoint. The pairs here are from the method's own
+paper and README, and from transformers' examples, as far as these state them. A source that drafts
+until confidence falls (``dynamic``) names no K. Its checkpoints get ``DYNAMIC_K``, the only fixed K
+that is published for an exit at a quarter of a small model (the reference's own test of Llama 3.2
+1B). The pairs are a start: ``vllm-layerskip tune`` finds the pair for a machine and a load.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ DYNAMIC_K = 4
 
 _BLOG = "Hugging Face's blog on LayerSkip"
 _DRAFT = f"a draft of {_BLOG}"
-_TEST = f"K = {DYNAMIC_K}: its K is dynamic; the reference's test of Llama 3.2 1B fixes it so"
+_TEST = f"K = {DYNAMIC_K}: its own K is dynamic; the reference's test of Llama 3.2 1B uses this K"
 
 
 @dataclass(frozen=True)
 class KnownCheckpoint:
     """A published checkpoint.
 
-    ``num_layers`` is its L: another model of that name is not meant.
+    ``num_layers`` is its L; a model of this name with another L is another model.
     """
 
     name: str
@@ -76,7 +76,7 @@ KNOWN_CHECKPOINTS: tuple[KnownCheckpoint, ...] = (
 
 
 def find_known_checkpoint(model: str, num_layers: int) -> KnownCheckpoint | None:
-    """The published checkpoint that ``model`` is, None if it is none of them.
+    """The published checkpoint that ``model`` names, or None.
 
     Args:
         model: a name on the model hub, which has to be Meta's; a folder of the checkpoint's name;

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The config object that carries LayerSkip through vLLM.
 
-It is a ``SpeculativeConfig`` whose method is ``draft_model``: of vLLM's methods that one
-has what LayerSkip needs (K lookahead slots, async scheduling, an exact prefix cache with no
-dropped block), and its draft config may be the target's own. What differs is overridden
-here. vLLM sends the object to its engine and worker processes unchanged.
+It is a ``SpeculativeConfig`` whose method is ``draft_model``. That method of vLLM has what
+LayerSkip needs (K lookahead slots, async scheduling, an exact prefix cache with no dropped
+block), and its draft config may be the target's own. The class here overrides what differs. vLLM
+sends the object to its engine and worker processes unchanged.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class LayerSkipConfig(SpeculativeConfig):
     """Self-speculative decoding with the first ``exit_layer`` layers of the target."""
 
     architecture: str = ""
-    """Name of the target's class in vLLM's registry; empty to leave what it is."""
+    """Name of our model class in vLLM's registry; empty keeps the target's class."""
     exit_layer: int = 0
     """E: number of layers that draft, 1 <= E < L."""
     reuse_exit_states: bool = True
     """Whether verification starts from the drafts' exit states where the batch allows."""
     draft_vocab: DraftVocab | None = None
-    """The token ids that drafts may be; None for all."""
+    """The token ids that may be drafted; None for all."""
 
     def __post_init__(self) -> None:
         # vLLM's own __post_init__ would load a second model config from `model`.
@@ -76,10 +76,10 @@ class LayerSkipConfig(SpeculativeConfig):
         return 0
 
     def compute_hash(self) -> str:
-        """vLLM's factors and ours: what may change the two compiled stages.
+        """Hash vLLM's factors and those of ours that may change the two compiled stages.
 
-        Whether verification reuses exit states, and the draft vocabulary, change what runs around
-        the stages: engines that differ in nothing else share what they compiled.
+        ``reuse_exit_states`` and ``draft_vocab`` are left out. They change only what runs around
+        the stages, so engines that differ only in them share what they compiled.
         """
         own = (self.exit_layer, self.num_speculative_tokens)
         return f"{super().compute_hash()}-layerskip-{__version__}-{own}"
@@ -132,7 +132,7 @@ def build_config(
 
 
 def _resolve(request: Mapping[str, Any], model_config: Any) -> LayerSkipOptions:
-    """The request's options, with E and K of a published checkpoint where nothing names them."""
+    """The request's options, with a published checkpoint's E and K where nothing else sets them."""
     num_layers = model_config.get_total_num_hidden_layers()
     block = getattr(model_config.hf_config, CONFIG_BLOCK, None)
     known = None if block is not None else find_known_checkpoint(model_config.model, num_layers)

@@ -55,11 +55,11 @@ class DraftVocabFile:
 
     path: str
     in_checkpoint: bool
-    """Whether ``path`` is relative to the checkpoint's folder; the working directory else."""
+    """Whether ``path`` is relative to the checkpoint's folder or to the working directory."""
 
     @property
     def source(self) -> str:
-        """What named the file, for messages."""
+        """The option that named the file, for messages."""
         where = _BLOCK if self.in_checkpoint else _REQUEST
         return f"{where}: draft_vocab={self.path!r}"
 
@@ -120,7 +120,7 @@ def resolve_options(
 
 
 def _without_auto(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The request without the keys that it leaves to the checkpoint, as ``"auto"`` or null."""
+    """The request without ``"auto"`` and null values, which leave a key to the checkpoint."""
     return {
         key: value
         for key, value in request.items()

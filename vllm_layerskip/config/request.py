@@ -20,7 +20,7 @@ OWN_KEYS = frozenset({"draft_vocab", "exit_layer", "reuse_exit_states"})
 def with_option(
     request: Mapping[str, Any] | None, key: str, value: object, flag: str
 ) -> dict[str, Any]:
-    """A ``speculative_config`` and the value of one flag.
+    """``request`` with the value of one flag added.
 
     Raises:
         ValueError: the config has the key already.
@@ -54,7 +54,7 @@ def asks_for_layerskip(request: Mapping[str, Any] | None) -> bool:
     """Whether a ``speculative_config`` is ours to handle.
 
     Raises:
-        ValueError: a mix that is neither LayerSkip nor plain vLLM.
+        ValueError: the request mixes keys of LayerSkip with another method or model.
     """
     if not request:
         return False
@@ -89,5 +89,5 @@ def named(request: Mapping[str, Any], keys: list[str]) -> str:
 
 
 def _spelled(request: Mapping[str, Any] | None) -> dict[str, Any]:
-    """With ``_`` in the place of ``-``: the one place that knows both spellings."""
+    """``request`` with ``_`` for ``-`` in its keys; no other code knows both spellings."""
     return {key.replace("-", "_"): value for key, value in (request or {}).items()}

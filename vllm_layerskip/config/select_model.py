@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of our model classes an engine's model takes, or why none.
+"""Selects our model class for an engine's model, or says why there is none.
 
-Decided on vLLM's resolved model config, before weights are loaded.
+It reads vLLM's resolved model config, before weights are loaded.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def select_model(model_config: Any) -> LayerSkipModel:
 
 
 def _problems(model_config: Any, known: bool) -> Iterator[str]:
-    """What kind of model it is that LayerSkip cannot run, the plainest reason first."""
+    """Reasons why LayerSkip cannot run the model, the plainest first."""
     hf_config = model_config.hf_text_config
     if model_config.is_encoder_decoder:
         yield "it is an encoder-decoder model, and LayerSkip exits from decoder-only models"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a checkpoint's weight files are whole, and bring every weight.
+"""Checks that a checkpoint's weight files are whole and bring every weight.
 
-Files are looked at before an engine starts, by their headers: vLLM reads them minutes later, in
-another process, and what it then reports of a file that was cut short does not name the file.
+The files' headers are read before an engine starts. vLLM reads the files minutes later, in another
+process, and its error for a file that was cut short does not name the file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def check_weight_files(folder: Path) -> None:
     """Check the safetensors files of a checkpoint in a local folder.
 
     Raises:
-        ValueError: a file is damaged, cut short, or listed in the index and not there; the
+        ValueError: a file is damaged, cut short, or listed in the index but missing; the
             message names it.
     """
     from safetensors import SafetensorError, safe_open
@@ -59,10 +59,10 @@ def missing_weights(
     of its parts was.
 
     Args:
-        parameter_names: of the model.
-        packed_modules: the checkpoint's parts of each fused module, by its name.
-        loaded_names: parameters that got a value.
-        checkpoint_names: what the checkpoint brought, by its own names.
+        parameter_names: the model's.
+        packed_modules: by name of a fused module, the names of its parts in the checkpoint.
+        loaded_names: the parameters that got a value.
+        checkpoint_names: the weights that the checkpoint brought, by its own names.
     """
     missing: list[str] = []
     for name in parameter_names:

@@ -32,7 +32,7 @@ def register() -> None:
     try:
         _add_backend()
     except Exception:
-        # vLLM runs on without Triton then, and a LayerSkip request is refused with a remedy.
+        # vLLM then runs without Triton, and a LayerSkip request is refused with a remedy.
         import logging
 
         logging.getLogger("vllm.layerskip").warning(
@@ -53,7 +53,7 @@ def _add_backend() -> None:
         return
 
     class InterpreterDriver(DriverBase):
-        """Says that it is active; launches go to Triton's interpreter before it is asked."""
+        """Reports that it is active; Triton's interpreter takes each launch before asking it."""
 
         @classmethod
         def is_active(cls) -> bool:
@@ -102,7 +102,7 @@ def _add_backend() -> None:
 
 
 def _skip_overflow_checks() -> None:
-    """Save a third of the interpreter's time: outside of debug mode it drops what they find."""
+    """Save a third of the interpreter's time: outside of debug mode it ignores the checks."""
     from triton.runtime.interpreter import interpreter_builder
 
     if not interpreter_builder.options.debug:

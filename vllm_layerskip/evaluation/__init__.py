@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each exit of a model knows: scores, agreement, reports, plots."""
+"""What each exit of a model knows: scores, agreement, reports, plots.
+
+``evaluate.evaluate`` is ``vllm-layerskip eval``.
+"""

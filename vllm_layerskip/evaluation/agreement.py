@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where each exit would draft what the model says: acceptance of every (E, K) from one pass.
 
-Drafts that count stand behind an accepted prefix, and an accepted prefix is the target's own
-greedy text. So one forward over greedy continuations, with the argmax of every exit, tells each
-draft decision of every exit layer; no run per E and no draft loop is needed. A continuation ends
-where the model ends it: behind an end-of-sequence token the text repeats itself, and acceptance
-measured there would be too high.
+A draft counts only if all drafts before it were accepted, so what precedes it is the target's own
+greedy text. Hence one forward over greedy continuations, with the argmax of every exit, tells
+which drafts of every exit layer are accepted; no run per E and no draft loop is needed. A
+continuation ends where the model ends it: after an end-of-sequence token the text repeats itself,
+and acceptance measured there would be too high.
 
 Shapes: P prompts, N generated tokens of a prompt, X exit layers.
 """
@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_layerskip.errors import UserError
+from vllm_layerskip.files.whole import whole_file
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,13 +29,13 @@ class Agreement:
     """Matches of exits and target on greedy continuations.
 
     ``matches`` holds, for each prompt, booleans ``[X, N - 1]``: the first generated token comes
-    from the prefill, so no draft is ever made of it.
+    from the prefill and is never drafted.
     """
 
     exit_layers: tuple[int, ...]
     matches: tuple[npt.NDArray[np.bool_], ...]
     target_agreement: float
-    """Share of tokens that the one pass says as the generation did; 1 but for rounding."""
+    """Share of tokens at which the one pass agrees with the generation; 1 but for rounding."""
 
     @property
     def num_tokens(self) -> int:
@@ -47,11 +48,11 @@ class Agreement:
         return float(sum(rows[index].sum() for rows in self.matches)) / max(self.num_tokens, 1)
 
     def acceptance_lengths(self, max_num_speculative_tokens: int) -> npt.NDArray[np.float64]:
-        """``[X, K]``: mean tokens per verification with 1..K drafts, NaN where no row is long
-        enough for one whole step.
+        """``[X, K]``: mean tokens per verification (accepted drafts and one more) with 1..K
+        drafts; NaN where no row is long enough for one whole step.
 
-        A step that would run past a continuation's end does not count: how far it would have
-        come is not known.
+        A step that would run past a continuation's end does not count: nobody knows how many
+        drafts it would have accepted.
         """
         runs, lengths = self._runs()
         num_drafts = np.arange(1, max_num_speculative_tokens + 1)
@@ -71,7 +72,7 @@ class Agreement:
             return num_tokens.sum(axis=1) / num_steps.sum(axis=1)
 
     def _runs(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """``[X, P, N]`` how many matches in a row begin at each token, and the rows' lengths."""
+        """How many matches in a row begin at each token, ``[X, P, N]``, and the rows' lengths."""
         lengths = np.array([rows.shape[1] for rows in self.matches], dtype=np.int64)
         runs = np.zeros((len(self.exit_layers), len(lengths), lengths.max(initial=0)), np.int64)
         for prompt, rows in enumerate(self.matches):
@@ -83,8 +84,7 @@ class Agreement:
 
     def save(self, path: Path, identity: str) -> None:
         """Write ``path`` (``.npz``); ``identity`` says what the matches depend on."""
-        draft = path.with_name(f".{path.name}")
-        with draft.open("wb") as file:
+        with whole_file(path) as draft, draft.open("wb") as file:
             np.savez_compressed(
                 file,
                 identity=np.array(identity),
@@ -93,7 +93,6 @@ class Agreement:
                 lengths=np.array([rows.shape[1] for rows in self.matches]),
                 matches=np.concatenate(self.matches, axis=1),
             )
-        draft.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> tuple[Agreement, str]:

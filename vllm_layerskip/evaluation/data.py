@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Held-out text as windows of token ids.
 
-Documents are joined to one stream of tokens, each with the tokenizer's end-of-sequence token
-behind it, if it has one. Windows of T tokens start every S tokens of the stream (the stride). A
-token counts in the first window that holds it, so none counts twice; with S = T the first token
-of each window has nothing before it and does not count, with S < T every token but the stream's
-first counts, with at least T - S tokens before it (except in the first window).
+Documents are joined to one stream of tokens, each followed by the tokenizer's end-of-sequence
+token, if it has one. Windows of T tokens start every S tokens of the stream (the stride). A token
+counts in the first window that holds it, so none counts twice. With S = T the first token of each
+window has nothing before it and does not count. With S < T every token but the stream's first
+counts, with at least T - S tokens before it (except in the first window).
 
-The beginning-of-sequence token stands, as ``bos`` says, before each document, at the head of each
-window (where every token then counts), or nowhere.
+``bos`` says where the beginning-of-sequence token stands: before each document, at the head of
+each window (every token of text then counts), or nowhere.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from vllm_layerskip.errors import UserError
+from vllm_layerskip.evaluation.settings import BeginOfSequence
 from vllm_layerskip.files.corpus import load_stdlib
 from vllm_layerskip.files.jsonl import jsonl_text
 from vllm_layerskip.files.text import text_files
 
 STDLIB = "stdlib"
 OPTION = "--data"
-
-BeginOfSequence = Literal["document", "window", "none"]
 
 
 class Document(NamedTuple):
@@ -45,12 +45,12 @@ class EncodedText:
     num_documents: int
     num_bytes: int
     sha256: str
-    """Over the texts, each with a zero byte behind it."""
+    """Over the texts, each followed by a zero byte."""
 
 
 class Windows(NamedTuple):
     token_ids: torch.Tensor
-    """``[W, T]``; the last one is filled up with zeros."""
+    """``[W, T]``; the last window is padded with zeros."""
     scored: torch.Tensor
     """``[W, T]`` booleans: the tokens that count."""
 
@@ -69,7 +69,7 @@ def read_documents(sources: Sequence[str], text_field: str) -> list[Document]:
         document
         for source in sources
         for document in (
-            _held_out_modules() if source == STDLIB else _of_files(Path(source), text_field)
+            _held_out_modules() if source == STDLIB else _read_files(Path(source), text_field)
         )
         if document.text.strip()
     ]
@@ -87,7 +87,7 @@ def _held_out_modules() -> Iterator[Document]:
         yield Document(name, held_out[name])
 
 
-def _of_files(path: Path, text_field: str) -> Iterator[Document]:
+def _read_files(path: Path, text_field: str) -> Iterator[Document]:
     for file in text_files([path], OPTION):
         try:
             text = file.read_text(encoding="utf-8")
@@ -107,29 +107,41 @@ def _of_files(path: Path, text_field: str) -> Iterator[Document]:
 
 
 def encode(
-    tokenizer: Any, documents: Iterable[Document], bos: BeginOfSequence, max_tokens: int | None
+    tokenizer: Any,
+    documents: Iterable[Document],
+    bos: BeginOfSequence,
+    max_tokens: int | None = None,
 ) -> EncodedText:
     """Documents as one stream of token ids.
 
     Args:
-        max_tokens: end the stream there; whole documents behind it are not read.
+        max_tokens: end the stream there; whole documents after it do not count as read.
     """
     head = [tokenizer.bos_token_id] if bos == "document" else []
     tail = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     token_ids: list[int] = []
     digest = hashlib.sha256()
     num_documents = num_bytes = 0
-    for document in documents:
-        text = document.text.encode()
-        digest.update(text + b"\0")
+    for text, ids in _tokenized(tokenizer, documents):
+        content = text.encode()
+        digest.update(content + b"\0")
         num_documents += 1
-        num_bytes += len(text)
-        ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        num_bytes += len(content)
         token_ids += [*head, *ids, *tail]
         if max_tokens is not None and len(token_ids) >= max_tokens:
             token_ids = token_ids[:max_tokens]
             break
     return EncodedText(token_ids, num_documents, num_bytes, digest.hexdigest())
+
+
+def _tokenized(
+    tokenizer: Any, documents: Iterable[Document], batch_size: int = 64
+) -> Iterator[tuple[str, list[int]]]:
+    """Texts and their token ids; fast tokenizers encode a batch on all cores."""
+    remaining = iter(documents)
+    while texts := [document.text for document in islice(remaining, batch_size)]:
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        yield from zip(texts, encoded, strict=True)
 
 
 def cut_windows(
@@ -147,7 +159,7 @@ def cut_windows(
     num_windows = 1 + max(0, -(-(num_tokens - length) // stride))
     windows = torch.zeros(num_windows, seq_len, dtype=torch.long)
     scored = torch.zeros(num_windows, seq_len, dtype=torch.bool)
-    end = 0  # Of what the windows before hold.
+    end = 0  # Of the tokens that earlier windows hold.
     for index in range(num_windows):
         start = index * stride
         ids = [*head, *token_ids[start : start + length]]

@@ -2,10 +2,10 @@
 """Exit states of a transformers decoder, and what each exit would predict.
 
 Works on any ``*ForCausalLM`` whose decoder is ``model.model`` with ``layers`` and ``norm``.
-All exits share the final norm and whatever the model does behind it (LM head, logit scale or
+All exits share the final norm and whatever the model does after it (LM head, logit scale or
 soft cap), as in the paper.
 
-Shapes: B samples, T tokens, V vocabulary, H hidden, L layers.
+Shapes: B samples, T tokens, N positions, V vocabulary, H hidden, L layers.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+LOGITS_AT_ONCE = 1 << 25
+"""Positions go through the head in chunks of about this many logits (float32: 128 MiB)."""
+
 LayerCall = Callable[..., torch.Tensor]
 AroundLayer = Callable[..., torch.Tensor]
-"""``around(layer_index, call, hidden_states, **kwargs)``: runs, or doesn't run, the layer."""
+"""``around(layer_index, call, hidden_states, **kwargs)``: runs the layer, or doesn't."""
 
 
 def check_decoder(model: nn.Module) -> None:
@@ -48,9 +51,8 @@ def check_decoder(model: nn.Module) -> None:
 def around_layers(model: nn.Module, around: AroundLayer) -> Iterator[None]:
     """Let ``around`` call each decoder layer while the block runs the model.
 
-    What is intercepted is the call of the layer as the decoder sees it: outside of gradient
-    checkpointing (which calls the layer again in the backward pass), of hooks and of wrappers
-    such as FSDP's.
+    ``around`` sees the call as the decoder makes it: outside of gradient checkpointing (which
+    calls the layer again in the backward pass), of hooks and of wrappers such as FSDP's.
     """
     layers = list(model.model.layers)
     classes = [type(layer) for layer in layers]
@@ -82,30 +84,48 @@ def _intercepted(cls: type) -> type[nn.Module]:
 
 
 @contextmanager
+def observe_exit_states(
+    model: nn.Module, observe: Callable[[int, torch.Tensor], None]
+) -> Iterator[None]:
+    """Call ``observe(layer_index, state [B, T, H])`` with each layer's output while the block runs
+    the model. A state that ``observe`` does not keep needs no memory once the next layer has run.
+    """
+
+    def around(index: int, call: LayerCall, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        state = call(hidden_states, **kwargs)
+        observe(index, state)
+        return state
+
+    with around_layers(model, around):
+        yield
+
+
+@contextmanager
 def record_exit_states(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     """Collect each layer's output ``[B, T, H]`` while the block runs the model."""
     states: list[torch.Tensor] = []
-
-    def record(_index: int, call: LayerCall, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
-        states.append(call(hidden_states, **kwargs))
-        return states[-1]
-
-    with around_layers(model, record):
+    with observe_exit_states(model, lambda _index, state: states.append(state)):
         yield states
 
 
 def exit_logits(model: nn.Module, state: torch.Tensor) -> torch.Tensor:
     """What the model predicts from an exit state. ``[..., H] -> [..., V]``
 
-    The model's own forward computes them, on the normed exit state in place of its decoder's
-    output: so they are scaled and capped as the architecture does it.
+    The model's own forward computes them, with the normed exit state as its decoder's output: so
+    they are scaled and capped as in the architecture.
     """
     hidden_states = model.model.norm(state.reshape(1, -1, state.shape[-1]))
-    # The class's forward: accelerate's, on the instance, enters one autocast object, which must
-    # not be entered again within itself (as in a loss function): autocast would stay on.
+    # The class's forward, not accelerate's on the instance: that one enters an autocast object
+    # which must not be entered twice (we may be in a loss function), or autocast would stay on.
     with _decoder_output(model.model, hidden_states):
         logits = type(model).forward(model, inputs_embeds=hidden_states, return_dict=True).logits
     return logits.view(*state.shape[:-1], logits.shape[-1])
+
+
+def exit_logits_by_chunk(model: nn.Module, state: torch.Tensor) -> Iterator[torch.Tensor]:
+    """``exit_logits`` of ``state [N, H]``, for about ``LOGITS_AT_ONCE`` values at a time."""
+    for chunk in state.split(max(LOGITS_AT_ONCE // model.config.vocab_size, 1)):
+        yield exit_logits(model, chunk)
 
 
 @contextmanager

@@ -46,9 +46,10 @@ _MAX_TICKS = 8
 
 
 def check_path(path: Path) -> None:
-    """
+    """Refuse a path that ``write_plot`` cannot write.
+
     Raises:
-        UserError: there is no such format or folder, or matplotlib is missing.
+        UserError: there is no such format, or matplotlib is missing.
     """
     if path.suffix not in SUFFIXES:
         raise UserError(f"--plot {path}: the name must end with one of {', '.join(SUFFIXES)}.")

@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every exit would say along given texts: one teacher-forced pass of transformers.
+"""Greedy text of a transformers model, and what every exit would say along it.
 
-Hidden states are read by hooks and go through the head at once, a chunk at a time, so memory
-holds one layer's states and one chunk of logits, whatever the number of exits.
+One teacher-forced pass tells the predictions of all exits. Memory holds one layer's states and
+one chunk of logits, whatever the number of exits.
 
-Shapes: B texts, T tokens, M tokens to predict, X exits, H hidden, D head rows.
+Shapes: B texts, T tokens, M tokens to predict, N of them in one text, X exits, H hidden, L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -19,12 +17,11 @@ from torch import nn
 from transformers import GenerationConfig
 
 from vllm_layerskip.evaluation.agreement import Agreement, matches_of
-from vllm_layerskip.evaluation.exits import exit_logits
-
-HEAD_CHUNK_TOKENS = 512
-"""Tokens whose logits exist at one time."""
+from vllm_layerskip.evaluation.exits import exit_logits_by_chunk, observe_exit_states
 
 TokenIds = Sequence[Sequence[int]]
+Text = tuple[list[int], list[int]]
+"""Token ids of a prompt and of its continuation."""
 
 
 def measure_agreement(
@@ -45,7 +42,7 @@ def measure_agreement(
     num_layers = len(model.model.layers)
     order = [i for i in range(len(prompts)) if len(continuations[i]) > 1]
     order.sort(key=lambda i: len(prompts[i]) + len(continuations[i]))
-    matches: dict[int, Any] = {}
+    matches: dict[int, np.ndarray] = {}
     num_same = num_compared = 0
     for batch in _batches(order, prompts, continuations, max_batch_tokens):
         texts = [([*prompts[i]], [*continuations[i]]) for i in batch]
@@ -79,65 +76,56 @@ def _batches(
 @torch.inference_mode()
 def _predict(
     model: nn.Module,
-    texts: Sequence[tuple[list[int], list[int]]],
+    texts: Sequence[Text],
     exit_layers: Sequence[int],
     draft_vocab: Sequence[int] | None,
 ) -> list[np.ndarray]:
     """``[X, N]`` argmax of every exit for each text's continuation.
 
-    The last of ``exit_layers`` is the whole model, which no draft vocabulary binds.
+    The last of ``exit_layers`` is the whole model, to which no draft vocabulary applies.
+    """
+    device = next(model.parameters()).device
+    input_ids, predicts = (tensor.to(device) for tensor in _padded(texts))
+    rows = None if draft_vocab is None else torch.tensor(sorted(draft_vocab), device=device)
+    argmax = torch.zeros(len(exit_layers), int(predicts.sum()), dtype=torch.long)
+    exits_at = {exit_layer - 1: index for index, exit_layer in enumerate(exit_layers)}
+
+    def observe(layer: int, state: torch.Tensor) -> None:
+        index = exits_at.get(layer)
+        if index is not None:
+            is_whole = index == len(exit_layers) - 1
+            argmax[index] = _argmax(model, state[predicts], None if is_whole else rows).cpu()
+
+    with observe_exit_states(model, observe):
+        model.model(input_ids=input_ids, use_cache=False)
+    lengths = [len(answer) for _, answer in texts]
+    return [part.numpy() for part in argmax.split(lengths, dim=1)]
+
+
+def _padded(texts: Sequence[Text]) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[B, T]`` token ids, and booleans: the positions that predict a continuation's token.
+
+    The last token of a text predicts none and is left out. Padding follows the text, where
+    causal attention does not see it.
     """
     length = max(len(prompt) + len(answer) for prompt, answer in texts) - 1
     input_ids = torch.zeros(len(texts), length, dtype=torch.long)
     predicts = torch.zeros(len(texts), length, dtype=torch.bool)
     for row, (prompt, answer) in enumerate(texts):
         ids = (prompt + answer)[:-1]
-        # Padding stands behind a text, where causal attention does not see it.
         input_ids[row, : len(ids)] = torch.tensor(ids)
         predicts[row, len(prompt) - 1 : len(ids)] = True
-    device = next(model.parameters()).device
-    predicts = predicts.to(device)
-    rows = None if draft_vocab is None else torch.tensor(sorted(draft_vocab), device=device)
-    argmax = torch.zeros(len(exit_layers), int(predicts.sum()), dtype=torch.long)
-
-    def observe(exit_index: int, state: torch.Tensor) -> None:
-        whole = exit_index == len(exit_layers) - 1
-        argmax[exit_index] = _argmax(model, state[predicts], None if whole else rows).cpu()
-
-    with _observing(model, exit_layers, observe):
-        model.model(input_ids=input_ids.to(device), use_cache=False)
-    lengths = [len(answer) for _, answer in texts]
-    return [part.numpy() for part in argmax.split(lengths, dim=1)]
+    return input_ids, predicts
 
 
 def _argmax(model: nn.Module, state: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     """``[M, H] -> [M]`` token ids, of ``rows`` only if given."""
-    parts = []
-    for chunk in state.split(HEAD_CHUNK_TOKENS):
-        logits = exit_logits(model, chunk)
-        parts.append(logits.argmax(-1) if rows is None else rows[logits[:, rows].argmax(-1)])
-    return torch.cat(parts)
-
-
-@contextmanager
-def _observing(
-    model: nn.Module, exit_layers: Sequence[int], observe: Callable[[int, torch.Tensor], None]
-) -> Iterator[None]:
-    """Call ``observe(index, state [B, T, H])`` with what leaves each exit layer."""
-
-    def hook(index: int) -> Callable[..., None]:
-        def read(_module: nn.Module, _args: Any, output: Any) -> None:
-            observe(index, output[0] if isinstance(output, tuple) else output)
-
-        return read
-
-    layers = model.model.layers
-    handles = [layers[e - 1].register_forward_hook(hook(i)) for i, e in enumerate(exit_layers)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return torch.cat(
+        [
+            logits.argmax(-1) if rows is None else rows[logits[:, rows].argmax(-1)]
+            for logits in exit_logits_by_chunk(model, state)
+        ]
+    )
 
 
 @torch.inference_mode()
@@ -153,7 +141,7 @@ def generate_greedily(
     generation = GenerationConfig(
         max_new_tokens=max_tokens,
         do_sample=False,
-        # In place of None transformers would put the model's own.
+        # Not None, which transformers replaces by the model's own: a token that no model says.
         eos_token_id=list(stop_token_ids) or [model.config.vocab_size],
         pad_token_id=0,
     )
@@ -161,21 +149,27 @@ def generate_greedily(
     answers: dict[int, list[int]] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        length = max(len(prompts[i]) for i in batch)
-        input_ids = torch.zeros(len(batch), length, dtype=torch.long)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, index in enumerate(batch):
-            ids = torch.tensor(prompts[index])
-            input_ids[row, length - len(ids) :] = ids
-            attention_mask[row, length - len(ids) :] = 1
+        input_ids, attention_mask = _left_padded([prompts[i] for i in batch])
         output = model.generate(
             input_ids.to(device),
             attention_mask=attention_mask.to(device),
             generation_config=generation,
         )
-        for index, row in zip(batch, output[:, length:].tolist(), strict=True):
+        new_tokens = output[:, input_ids.shape[1] :].tolist()
+        for index, row in zip(batch, new_tokens, strict=True):
             answers[index] = _until_stop(row, stop_token_ids)
     return [answers[i] for i in range(len(prompts))]
+
+
+def _left_padded(prompts: TokenIds) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[B, T]`` token ids and attention mask."""
+    length = max(map(len, prompts))
+    input_ids = torch.zeros(len(prompts), length, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, length - len(prompt) :] = torch.tensor(prompt)
+        attention_mask[row, length - len(prompt) :] = 1
+    return input_ids, attention_mask
 
 
 def _until_stop(token_ids: list[int], stop_token_ids: Sequence[int]) -> list[int]:

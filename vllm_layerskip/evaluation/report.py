@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The result of ``vllm-layerskip eval``: a JSON file, and tables of it.
+"""The result of ``vllm-layerskip eval`` as a JSON file and as tables.
 
-A result is a dictionary of plain values: ``models`` is a list with ``label`` and ``exits`` (an
-``ExitScore`` each), beside the data, the settings and the versions that made it.
+A result is a dictionary of plain values. ``models`` lists each model's ``label`` and ``exits``
+(the fields of an ``ExitScore`` each); the rest says which data, settings and versions made it.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -50,7 +50,7 @@ _NOTHING = "-"  # One of the models has fewer layers.
 
 
 def write_json(result: Result, path: Path) -> None:
-    """Write a result; an infinite perplexity is null, which JSON can say."""
+    """Write a result; an infinite perplexity becomes null, as JSON has no infinity."""
     models = [
         {**model, "exits": [_finite(score) for score in model["exits"]]}
         for model in result["models"]
@@ -64,7 +64,8 @@ def _finite(score: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def read_json(path: Path) -> Result:
-    """
+    """A result that ``write_json`` wrote.
+
     Raises:
         UserError: the file cannot be read, or is no result.
     """
@@ -140,21 +141,3 @@ def terminal_table(result: Result) -> Table:
     for row in rows(result):
         table.add_row(*row)
     return table
-
-
-def labels_of(names: Sequence[str], given: Sequence[str] | None) -> list[str]:
-    """A label for each model: as given, or the last part of its name that tells them apart.
-
-    Raises:
-        UserError: the number of labels is wrong, or two are the same.
-    """
-    if given is None:
-        labels = [Path(name).name or name for name in names]
-        return labels if len(set(labels)) == len(labels) else list(names)
-    if len(given) != len(names):
-        raise UserError(
-            f"--labels {' '.join(given)}: there must be {len(names)}, one for each model."
-        )
-    if len(set(given)) != len(given):
-        raise UserError(f"--labels {' '.join(given)}: they must differ.")
-    return list(given)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All contact with vLLM's internals: what is touched, whether it fits, how it is wrapped.
+"""Contact with vLLM's internals: what we touch, whether it fits, how we wrap it.
 
 Importing this package imports no vLLM.
 """

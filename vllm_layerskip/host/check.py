@@ -60,7 +60,7 @@ def check_contacts() -> tuple[str, ...]:
 
 
 def require_model(architecture: str, model: VllmModel) -> None:
-    """Raises RuntimeError when ``architecture`` is not the class that ours was written for."""
+    """Raises RuntimeError unless vLLM runs ``architecture`` with the class that ours fits."""
     registered = registered_class(architecture)
     if registered != model.causal_lm:
         raise RuntimeError(
@@ -96,7 +96,7 @@ def registered_class(architecture: str) -> str:
 def require_supported_vllm() -> None:
     """Raises RuntimeError, with a remedy, when LayerSkip cannot run on this vLLM.
 
-    ``LAYERSKIP_ALLOW_UNTESTED_VLLM=1`` allows another version; what is touched must fit even so.
+    ``LAYERSKIP_ALLOW_UNTESTED_VLLM=1`` allows another version if every contact fits.
     """
     problem = version.version_problem(version.vllm_version())
     if problem is not None:
@@ -105,9 +105,9 @@ def require_supported_vllm() -> None:
                 f"{problem} To try this one at your own risk, set {ALLOW_UNTESTED}=1."
             )
         logger.warning(
-            "LayerSkip was not tested on vLLM %s, and %s=1 lets it run: that the names it uses "
-            "exist was checked, that they mean the same was not. Compare its greedy outputs "
-            "with plain decoding's.",
+            "LayerSkip was not tested on vLLM %s, and %s=1 lets it run. It checks that the names it "
+            "uses exist, not that they mean the same. Compare its greedy outputs with plain "
+            "decoding's.",
             version.vllm_version(),
             ALLOW_UNTESTED,
         )

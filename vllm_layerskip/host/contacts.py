@@ -23,14 +23,14 @@ class HostContact:
     path: str
     """``module:attribute.attribute``."""
     kind: Kind
-    """What we do with it. Calling a class that is ``subclassed`` is our ``super().__init__``."""
+    """What we do with it. ``subclassed``: our ``super().__init__`` calls this ``__init__``."""
     process: Process
-    """Where: the process of the API or of ``LLM``, the scheduler's, a worker's, or every one."""
+    """Where: in the process of the API or of ``LLM``, the scheduler's, a worker's, or in each."""
     why: str
     parameters: tuple[str, ...] = ()
-    """Those that we pass by name or position, or that our override must accept, in vLLM's order."""
+    """What we pass by name or position, or what our override must accept, in vLLM's order."""
     remove_when: str = ""
-    """What vLLM would have to offer for us to do without; empty for what its interfaces are for."""
+    """What vLLM would have to offer so that we need it no more; empty for an intended use."""
 
 
 MODEL_RUNNER_MODULE = "vllm.v1.worker.gpu.model_runner"
@@ -58,39 +58,40 @@ _INTERPRETER = "vLLM runs Triton's interpreter on a CPU by itself"
 CONTACTS: tuple[HostContact, ...] = (
     # A request: flags, config, model.
     HostContact(f"{_ENGINE_ARGS}.create_speculative_config", "wrapped", "front end",
-                "builds LayerSkipConfig for a request that is ours",
+                "builds a LayerSkipConfig if the request asks for LayerSkip",
                 ("self", "target_model_config", "target_parallel_config"), remove_when=_METHODS),
     HostContact(f"{_ENGINE_ARGS}.create_model_config", "wrapped", "front end",
-                "for early exit it is called with hf_overrides of E layers", ("self",),
+                "early exit calls it with hf_overrides for E layers", ("self",),
                 remove_when=_FLAGS),
     HostContact(f"{_ENGINE_ARGS}.add_cli_args", "wrapped", "front end", "adds our flags",
                 ("parser",), remove_when=_FLAGS),
     HostContact(f"{_ENGINE_ARGS}.from_cli_args", "wrapped", "front end",
                 "folds our flags into speculative_config", ("args",), remove_when=_FLAGS),
     HostContact(f"{_GPU}.spec_decode:init_speculator", "wrapped", "worker",
-                "returns LayerSkipSpeculator for a config of ours",
+                "returns a LayerSkipSpeculator for a LayerSkipConfig",
                 ("vllm_config", "device", "req_states"), remove_when=_METHODS),
     HostContact(f"{MODEL_RUNNER_MODULE}:init_speculator", "wrapped", "worker",
-                "the name under which the runner calls it", ("vllm_config", "device", "req_states"),
+                "the runner calls it by this name", ("vllm_config", "device", "req_states"),
                 remove_when=_METHODS),
     HostContact(f"{_REGISTRY}:ModelRegistry.register_model", "called", "every",
                 "registers our model classes", ("model_arch", "model_cls")),
     HostContact(f"{_REGISTRY}:_LazyRegisteredModel", "read", "front end",
-                "tells which class stands for an architecture", ("module_name", "class_name")),
+                "tells which class vLLM runs for an architecture", ("module_name", "class_name")),
     HostContact(f"{_REGISTRY}:_BaseRegisteredModel.load_model_cls", "called", "front end",
                 "loads a class that was registered as an object", ("self",)),
     HostContact(f"{_CONFIG}.__post_init__", "overridden", "front end",
-                "the config travels as draft_model", ("self",), remove_when=_METHODS),
+                "sets method draft_model, with the target as its model", ("self",),
+                remove_when=_METHODS),
     HostContact(f"{_CONFIG}.compute_hash", "overridden", "every", "adds E, K and our version",
                 ("self",), remove_when="vLLM hashes the method and K"),
     HostContact(f"{_CONFIG}.max_num_new_slots_for_drafting", "overridden", "every",
-                "drafting starts at the sampled token: no extra slot"),
+                "is 0: drafting starts at the sampled token"),
     HostContact(f"{_CONFIG}.update_arch_", "called", "front end",
                 "finds the model class again, under our architecture", ("self",)),
     HostContact(f"{_CONFIG}._verify_args", "called", "front end",
-                "vLLM checks our config with it as well", ("self",)),
+                "vLLM checks our config with it too", ("self",)),
     HostContact("vllm.config:VllmConfig.num_lookahead_tokens", "read", "scheduler",
-                "gives the drafts K slots"),
+                "reserves K slots for drafts"),
     HostContact("vllm.config:VllmConfig.use_v2_model_runner", "read", "every", "must be true"),
     # Early exit.
     HostContact(f"{_REGISTRY}:ModelRegistry", "read", "worker",
@@ -98,22 +99,22 @@ CONTACTS: tuple[HostContact, ...] = (
     HostContact(f"{_REGISTRY}:_LazyRegisteredModel.load_model_cls", "called", "worker",
                 "loads the class that an early-exit class derives from", ("self",)),
     HostContact("vllm.config:ModelConfig.get_total_num_hidden_layers", "called", "every",
-                "L of a model", ("self",)),
+                "gives L of a model", ("self",)),
     HostContact("vllm.config:ModelConfig.architecture", "read", "front end",
-                "tells which model is cut"),
+                "names the model's architecture"),
     # The speculator.
     HostContact(f"{_SPECULATOR}.__init__", "subclassed", "worker",
-                "the buffers and settings of a drafter", ("self", "vllm_config", "device")),
+                "makes a drafter's buffers and settings", ("self", "vllm_config", "device")),
     HostContact(f"{_SPECULATOR}.load_model", "overridden", "worker", "LayerSkip loads no weights",
                 ("self", "target_model")),
     HostContact(f"{_SPECULATOR}.load_draft_model", "overridden", "worker",
-                "the draft model is the target",
+                "takes the target as the draft model",
                 ("self", "target_model", "target_attn_layer_names")),
     HostContact(f"{_SPECULATOR}.set_attn", "overridden", "worker",
-                "hands the early layers' names to vLLM's own",
+                "gives vLLM's set_attn the early layers' names",
                 ("self", "model_state", "kv_cache_config", "block_tables",
                  "target_input_buffers", "target_attn_groups")),
-    HostContact(f"{_SPECULATOR}.propose", "overridden", "worker", "the K draft passes",
+    HostContact(f"{_SPECULATOR}.propose", "overridden", "worker", "runs the K draft passes",
                 ("self", "input_batch", "attn_metadata", "slot_mappings", "last_hidden_states",
                  "aux_hidden_states", "num_sampled", "num_rejected", "last_sampled",
                  "next_prefill_tokens", "temperature", "seeds", "dp_sync_state", "dummy_run",
@@ -129,18 +130,18 @@ CONTACTS: tuple[HostContact, ...] = (
                 "copies temperatures and seeds of the rows",
                 ("self", "num_reqs", "idx_mapping", "temperature", "seeds", "dummy_run")),
     HostContact(f"{_SPECULATOR}._build_uniform_attn_metadata", "called", "worker",
-                "attention metadata of a draft pass",
+                "builds a draft pass's attention metadata",
                 ("self", "batch_desc", "num_reqs", "num_query_per_req",
                  "seq_lens_cpu_upper_bound", "step")),
     HostContact(f"{_SPECULATOR}._update_draft_decode_metadata", "called", "worker",
-                "attention metadata of the next pass, within the draft graph",
+                "updates attention metadata for the next pass, in the draft graph",
                 ("self", "attn_metadata", "num_reqs")),
     HostContact(f"{_SPECULATOR}._validate_local_argmax_reduction", "called", "worker",
                 "checks use_local_argmax_reduction", ("self",)),
     HostContact(f"{_SPECULATOR}.compute_draft_logits", "overridden", "worker",
-                "the draft head computes them", ("self", "hidden_states", "spec_step_idx")),
+                "computes logits with the draft head", ("self", "hidden_states", "spec_step_idx")),
     HostContact(f"{_SPECULATOR}.get_draft_top_tokens", "overridden", "worker",
-                "the draft head computes them", ("self", "hidden_states", "spec_step_idx")),
+                "takes argmaxes of the draft head", ("self", "hidden_states", "spec_step_idx")),
     # The draft head.
     HostContact(f"{_HEAD}:ParallelLMHead.__init__", "called", "worker",
                 "holds the rows of the draft vocabulary",
@@ -154,18 +155,18 @@ CONTACTS: tuple[HostContact, ...] = (
     HostContact(f"{_HEAD}:UnquantizedEmbeddingMethod.process_weights_after_loading", "called",
                 "worker", "runs after the rows are copied", ("self", "layer")),
     HostContact("vllm.model_executor.layers.linear:UnquantizedLinearMethod", "read", "worker",
-                "keeps a plain LM head, as UnquantizedEmbeddingMethod does"),
+                "marks a plain LM head, as UnquantizedEmbeddingMethod does"),
     HostContact("vllm.model_executor.layers.logits_processor:LogitsProcessor.get_top_tokens",
-                "called", "worker", "on a copy with another vocab_size and org_vocab_size",
+                "called", "worker", "runs on a copy with the draft head's vocabulary sizes",
                 ("self", "lm_head", "hidden_states", "embedding_bias")),
     HostContact("vllm.distributed:tensor_model_parallel_all_reduce", "called", "worker",
-                "brings rows of all shards together", ("input_",)),
+                "adds up the rows of all shards", ("input_",)),
     HostContact("vllm.transformers_utils.repo_utils:get_hf_file_bytes", "called", "front end",
-                "reads a draft vocabulary of a checkpoint that is no folder",
+                "reads a draft vocabulary from a checkpoint on the model hub",
                 ("file_name", "model", "revision")),
     # CUDA graphs.
     HostContact(f"{_DRAFT_GRAPHS}:SpeculatorCudaGraphManager.__init__", "subclassed", "worker",
-                "our _capture_descs has every K in use",
+                "fills _capture_descs, which we extend to every K in use",
                 ("self", "vllm_config", "device", "cudagraph_mode", "decode_query_len")),
     HostContact(f"{_DRAFT_GRAPHS}:SpeculatorCudaGraphManager.capture", "called", "worker",
                 "captures the draft passes",
@@ -181,18 +182,18 @@ CONTACTS: tuple[HostContact, ...] = (
                 "finds the graph for a batch size",
                 ("self", "num_reqs", "num_tokens", "uniform_token_count", "num_active_loras")),
     HostContact(f"{_GRAPHS}:CudaGraphManager._init_candidates", "wrapped", "worker",
-                "with a schedule _candidates offers the decode graphs of every query length",
+                "with a schedule, offers a batch the decode graphs of every query length",
                 ("self",),
-                remove_when="vLLM offers them itself, and captures those of the schedule alone"),
+                remove_when="vLLM itself offers them all and captures only the schedule's"),
     HostContact(f"{_GPU}.warmup:warmup_kernels", "read", "worker",
-                "its requests are named _warmup_...: their steps are not counted",
+                "names its requests _warmup_...; their steps are not counted",
                 ("model_runner", "worker_execute_model", "worker_sample_tokens")),
     HostContact(f"{_GRAPHS}:CudaGraphManager.run_fullgraph", "called", "worker",
                 "replays the draft passes", ("self", "desc")),
     HostContact(f"{_GRAPHS}:CudaGraphManager.needs_capture", "called", "worker",
                 "tells whether there is a graph to capture", ("self",)),
     HostContact("vllm.v1.spec_decode.dynamic.utils:build_dynamic_sd_schedule_lookup", "called",
-                "worker", "K by batch size",
+                "worker", "gives K by batch size",
                 ("num_speculative_tokens_per_batch_size", "vllm_max_batch_size",
                  "vllm_num_speculative_tokens")),
     HostContact(f"{_CONFIG}.uses_dynamic_speculative_decoding", "called", "worker",
@@ -200,15 +201,15 @@ CONTACTS: tuple[HostContact, ...] = (
     HostContact("vllm.config.compilation:CUDAGraphMode.separate_routine", "called", "worker",
                 "tells whether decodes have graphs of their own", ("self",)),
     HostContact("vllm.v1.worker.utils:AttentionGroup.map_to_kernel_block_table", "called", "worker",
-                "runs before the draft graph replays", ("self", "block_table")),
+                "maps block tables before a draft graph replays", ("self", "block_table")),
     # The model state.
     HostContact(f"{_MODEL_STATE}.__init__", "subclassed", "worker",
-                "the model's state between steps",
+                "makes the model's state between steps",
                 ("self", "vllm_config", "model", "encoder_cache", "device")),
     HostContact(f"{_MODEL_STATE}.add_request", "overridden", "worker",
-                "a slot's new owner has no exit states", ("self", "req_index", "new_req_data")),
+                "drops a slot's old exit states", ("self", "req_index", "new_req_data")),
     HostContact(f"{_MODEL_STATE}.initialize_kv_cache", "overridden", "worker",
-                "makes metadata builders of the early stage",
+                "makes metadata builders for the early stage",
                 ("self", "kv_cache_config", "block_tables")),
     HostContact(f"{_MODEL_STATE}.prepare_attn", "overridden", "worker",
                 "decides whether a verify step reuses, and attaches its plan",
@@ -218,10 +219,10 @@ CONTACTS: tuple[HostContact, ...] = (
                 "asks the model for its state class", ("vllm_config", "model")),
     # LoRA.
     HostContact("vllm.lora.model_manager:LoRAModelManager.set_adapter_mapping", "called", "worker",
-                "maps the rows of drafts and of verification's logits", ("self", "mapping"),
-                remove_when="vLLM maps 1 + K rows of logits for a verified request"),
+                "maps rows of drafts and of verify logits to adapters", ("self", "mapping"),
+                remove_when="vLLM maps 1 + K rows of logits per verified request"),
     HostContact("vllm.lora.layers:LoRAMapping", "called", "worker",
-                "built as LoRAModelRunnerMixin._set_active_loras builds it",
+                "built as in LoRAModelRunnerMixin._set_active_loras",
                 ("index_mapping", "prompt_mapping", "is_prefill")),
     HostContact(f"{_GPU}.lora_utils:NO_LORA_ID", "read", "worker",
                 "stands for a row of the base model"),
@@ -237,15 +238,15 @@ CONTACTS: tuple[HostContact, ...] = (
                 "is refused by name"),
     # Passes: attention metadata, slots, forward context.
     HostContact(f"{_GPU}.attn_utils:init_attn_backend", "called", "worker",
-                "metadata builders of the early stage",
+                "makes metadata builders for the early stage",
                 ("kv_cache_config", "vllm_config", "device", "active_layer_names")),
     HostContact(f"{_GPU}.attn_utils:build_attn_metadata", "called", "worker",
-                "attention metadata of the early stage of a verify step",
+                "builds attention metadata for the early stage of a verify step",
                 ("attn_groups", "num_reqs", "num_tokens", "query_start_loc_gpu",
                  "query_start_loc_cpu", "max_query_len", "seq_lens", "max_seq_len",
                  "block_tables", "slot_mappings", "kv_cache_config", "seq_lens_cpu_upper_bound")),
     HostContact(f"{_GPU}.attn_utils:build_slot_mappings_by_layer", "called", "worker",
-                "slot mappings by layer", ("slot_mappings", "kv_cache_config")),
+                "splits slot mappings by layer", ("slot_mappings", "kv_cache_config")),
     HostContact(f"{_GPU}.block_table:BlockTables.compute_slot_mappings", "called", "worker",
                 "-1 in idx_mapping makes a row's slots PAD",
                 ("self", "idx_mapping", "query_start_loc", "positions", "num_tokens_padded")),
@@ -253,7 +254,7 @@ CONTACTS: tuple[HostContact, ...] = (
                 "describes drafts without a graph"),
     HostContact(f"{_GPU}.input_batch:InputBatch", "read", "worker", "the batch of a step"),
     HostContact(f"{_GPU}.input_batch:InputBuffers", "read", "worker",
-                "the drafts' inputs; written as well"),
+                "holds the drafts' inputs; we also write them"),
     HostContact(f"{_CONTEXT}:set_forward_context", "called", "worker",
                 "runs a stage with metadata of its own",
                 ("attn_metadata", "vllm_config", "num_tokens", "cudagraph_runtime_mode",
@@ -295,7 +296,7 @@ CONTACTS: tuple[HostContact, ...] = (
                 "Prometheus's or Ray's gauge"),
     HostContact("vllm.v1.engine.llm_engine:LLMEngine.get_metrics", "wrapped", "front end",
                 "adds our series", ("self",),
-                remove_when="vLLM reports series of other names than vllm:"),
+                remove_when="vLLM reports series whose names do not begin with vllm:"),
     *(
         HostContact(f"vllm.v1.metrics.reader:{name}", "called", "front end", "reports our series",
                     parameters)
@@ -307,7 +308,7 @@ CONTACTS: tuple[HostContact, ...] = (
     ),
     # Offline batches.
     HostContact("vllm.exceptions:VLLMClientError", "read", "front end",
-                "caught: vLLM refuses a request of a batch"),
+                "caught when vLLM refuses a request of a batch"),
     # Model Runner V2 on a CPU.
     HostContact("vllm.platforms:vllm_version_matches_substr", "called", "every",
                 "tells a CPU build", ("substr",), remove_when=_INTERPRETER),
@@ -342,20 +343,20 @@ CONTACTS: tuple[HostContact, ...] = (
     HostContact("vllm.compilation.decorators:support_torch_compile", "called", "worker",
                 "compiles the stages"),
     HostContact("vllm.compilation.decorators:ignore_torch_compile", "called", "worker",
-                "for models that vLLM compiles as a whole"),
+                "keeps vLLM from compiling a model as a whole"),
     HostContact("vllm.compilation.backends:set_model_tag", "called", "worker",
                 "names a compiled stage", ("tag",)),
     HostContact("vllm.ir.op:IrOp.set_priority", "called", "worker",
-                "the exit norm, outside the compiled stages, runs a fused kernel",
+                "has the exit norm, outside the compiled stages, run a fused kernel",
                 ("self", "priority")),
-    HostContact("vllm.ir.op:IrOp.registry", "read", "worker", "norms and their implementations"),
+    HostContact("vllm.ir.op:IrOp.registry", "read", "worker", "lists the norms' implementations"),
     HostContact("vllm.model_executor.models.utils:extract_layer_index", "called", "worker",
                 "tells early attention layers from late ones", ("layer_name",)),
 )
 
 
 def model_contacts(model: VllmModel) -> tuple[HostContact, ...]:
-    """What a class of ours touches of the model that it derives from."""
+    """What one of our classes touches of the model that it derives from."""
     causal_lm, inputs = model.causal_lm, ("self", "input_ids", "positions")
     return (
         HostContact(
@@ -363,23 +364,23 @@ def model_contacts(model: VllmModel) -> tuple[HostContact, ...]:
             ("self", "vllm_config", "prefix"),
         ),
         HostContact(
-            f"{causal_lm}.forward", "overridden", "worker", "early stage, then late stage",
+            f"{causal_lm}.forward", "overridden", "worker", "runs the early stage, then the late",
             (*inputs, "intermediate_tensors", "inputs_embeds"),
         ),
         HostContact(
             f"{causal_lm}.compute_logits", "called", "worker",
-            "for drafts with another lm_head and logits_processor", ("self", "hidden_states"),
+            "drafts use another lm_head and logits_processor", ("self", "hidden_states"),
         ),
         HostContact(
             f"{causal_lm}.load_weights", "overridden", "worker",
-            "counts its calls: what was derived from older weights is stale", ("self", "weights"),
+            "counts its calls: copies of older weights are stale", ("self", "weights"),
         ),
         HostContact(
-            f"{model.backbone}.embed_input_ids", "called", "worker", "the early stage's embedding",
+            f"{model.backbone}.embed_input_ids", "called", "worker", "embeds token ids",
             ("self", "input_ids"),
         ),
         HostContact(
-            f"{model.layer}.forward", "called", "worker", "a layer of a stage",
+            f"{model.layer}.forward", "called", "worker", "runs a layer of a stage",
             ("self", *model.layer_parameters),
         ),
     )

@@ -27,7 +27,7 @@ def vllm_version() -> str:
 
 
 def release_of(version: str) -> tuple[int, int] | None:
-    """(major, minor), or None of a build from source without a number."""
+    """(major, minor), or None for a source build without a release number."""
     try:
         major, minor = (int(part) for part in version.split(".")[:2])
     except ValueError:
@@ -39,7 +39,7 @@ def version_problem(version: str) -> str | None:
     """Why LayerSkip cannot run on this vLLM, or None."""
     first, end = SUPPORTED_VLLM
     release = release_of(version)
-    # Of a build from source check_contacts says more than its name.
+    # Source builds carry no release number; check_contacts decides.
     if release is None or first <= release < end:
         return None
     wanted = f">={first[0]}.{first[1]},<{end[0]}.{end[1]}"
@@ -51,7 +51,7 @@ def version_problem(version: str) -> str | None:
 
 @functools.cache
 def warn_of_untested_vllm() -> None:
-    """Say once, not in each of an engine's processes, that LayerSkip would be refused here."""
+    """Warn once, not in each of an engine's processes, that this vLLM is not supported."""
     problem = version_problem(vllm_version())
     if problem is not None and multiprocessing.parent_process() is None:
         logger.warning("%s Engines that do not ask for LayerSkip are unaffected.", problem)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wrappers around vLLM's functions; none replaces host code.
+"""Wrappers around vLLM's functions; none replaces vLLM's code.
 
 A wrapper hands every engine that did not ask for LayerSkip to the wrapped function.
 """
@@ -19,7 +19,7 @@ _WRAPPED = "_vllm_layerskip_wrapped"
 
 
 def wrap(owner: Any, name: str, make_wrapper: Callable[[Callable], Callable]) -> None:
-    """Replace ``owner.name`` by ``make_wrapper(original)``, once, keeping its kind."""
+    """Replace ``owner.name`` by ``make_wrapper(original)``, once; keep its kind of method."""
     static = inspect.getattr_static(owner, name)
     original = static.__func__ if isinstance(static, staticmethod | classmethod) else static
     if getattr(original, _WRAPPED, False):
@@ -35,8 +35,8 @@ def wrap(owner: Any, name: str, make_wrapper: Callable[[Callable], Callable]) ->
 def wrap_init_speculator(make_wrapper: Callable[[Callable], Callable]) -> None:
     """Wrap ``init_speculator`` where the runner will find it.
 
-    The runner binds it by name on import, which is after plugins are loaded; a runner
-    that is imported already gets its own name rebound.
+    The runner binds it by name when it is imported, which is after plugins are loaded. If the
+    runner is imported already, its own name is rebound.
     """
     package: Any = importlib.import_module("vllm.v1.worker.gpu.spec_decode")
     original = package.init_speculator

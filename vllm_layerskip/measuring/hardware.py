@@ -67,7 +67,7 @@ _PATIENCE_S = 20
 def gpu_info() -> dict[str, str] | None:
     """Name, driver and memory of the first GPU, None without one.
 
-    Asks nvidia-smi: a question to torch here would start CUDA in the wrong process.
+    It asks nvidia-smi, because torch would start CUDA in this process.
     """
     fields = ("name", "driver_version", "memory.total")
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 LOG_TAIL_CHARS = 3000
 PATIENCE_S = 20.0
-"""How long a process that must end may clean up."""
+"""How long a process may clean up before it is killed."""
 
 
 @contextmanager
@@ -23,7 +23,7 @@ def logged_process(
     environment: Mapping[str, str] | None = None,
     patience_s: float = PATIENCE_S,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run ``command`` with its output in ``log``; end it, if need be, with the block.
+    """Run ``command`` with its output in ``log``; if it still runs at the end of the block, end it.
 
     Args:
         environment: variables besides this process's own.
@@ -46,14 +46,14 @@ def logged_process(
 
 
 def log_tail(log: Path) -> str:
-    """The end of a log: where an error shows."""
+    """The end of a log, where errors are."""
     return log.read_text(encoding="utf-8", errors="replace")[-LOG_TAIL_CHARS:]
 
 
 def _end(process: subprocess.Popen[bytes], patience_s: float) -> None:
-    """Ask, then kill: the whole session, also what its leader left behind.
+    """End the whole session, also what its leader left running: SIGTERM, then SIGKILL.
 
-    One that even SIGKILL does not end (it hangs in a GPU's driver) is left.
+    A process that hangs in a GPU's driver survives both, and is left.
     """
     for kind in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):  # A leader that ended may have left some.

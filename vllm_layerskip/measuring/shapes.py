@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model shapes: what a Llama's size is, without its weights.
+"""Sizes of Llama models, to run them without their weights.
 
 A shape becomes a folder with a ``config.json``; vLLM fills it with dummy weights
-(``load_format="dummy"``). Published acceptance for these shapes is in ``presets.py``.
+(``load_format="dummy"``). ``benchmarks/engines/presets.py`` has published acceptance for them.
 """
 
 from __future__ import annotations

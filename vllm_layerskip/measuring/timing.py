@@ -2,8 +2,8 @@
 """Steady decoding: the window of a run in which every request decodes.
 
 It opens with the step after which every request has a token and closes with the last step before
-any request ends, so neither prefill, nor a batch that shrinks, nor a last step whose surplus
-tokens are cut off takes part.
+any request ends. So it contains no prefill, no batch that shrinks, and no last step whose surplus
+tokens are cut off.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Step:
 
     seconds: float
     num_tokens: Mapping[str, int]
-    """New tokens by request; a request without any is absent."""
+    """New tokens by request; a request without new ones is absent."""
     has_finished: bool
     """Whether a request ended with this step."""
 
@@ -82,6 +82,27 @@ def run_steps(
         stop_token_ids: what ends a request besides ``max_tokens``.
         outputs: gets each prompt's new tokens.
     """
+    _add_requests(llm, prompts, max_tokens, stop_token_ids)
+    steps = []
+    generated: dict[str, list[int]] = {str(index): [] for index in range(len(prompts))}
+    engine = llm.llm_engine
+    while engine.has_unfinished_requests():
+        arrived = engine.step()
+        if arrived:
+            num_tokens = {o.request_id: len(o.outputs[0].token_ids) for o in arrived}
+            has_finished = any(output.finished for output in arrived)
+            steps.append(Step(time.perf_counter(), num_tokens, has_finished))
+            for output in arrived:
+                generated[output.request_id] += output.outputs[0].token_ids
+    if outputs is not None:
+        outputs += generated.values()
+    return steps
+
+
+def _add_requests(
+    llm: LLM, prompts: Sequence[Sequence[int]], max_tokens: int, stop_token_ids: Sequence[int]
+) -> None:
+    """Queue greedy requests, named by their index, that report only their new tokens."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
     from vllm.sampling_params import RequestOutputKind
@@ -94,19 +115,6 @@ def run_steps(
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
     )
-    engine = llm.llm_engine
     for index, prompt in enumerate(prompts):
-        engine.add_request(str(index), TokensPrompt(prompt_token_ids=list(prompt)), params)
-    steps = []
-    generated: dict[str, list[int]] = {str(index): [] for index in range(len(prompts))}
-    while engine.has_unfinished_requests():
-        arrived = engine.step()
-        if arrived:
-            num_tokens = {o.request_id: len(o.outputs[0].token_ids) for o in arrived}
-            has_finished = any(output.finished for output in arrived)
-            steps.append(Step(time.perf_counter(), num_tokens, has_finished))
-            for output in arrived:
-                generated[output.request_id] += output.outputs[0].token_ids
-    if outputs is not None:
-        outputs += generated.values()
-    return steps
+        tokens = TokensPrompt(prompt_token_ids=list(prompt))
+        llm.llm_engine.add_request(str(index), tokens, params)

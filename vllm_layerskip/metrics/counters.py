@@ -16,7 +16,7 @@ _PREFIX = "vllm:spec_decode_num_"
 
 @dataclass(frozen=True)
 class SpecDecodeCounters:
-    """Counts since the engine started; subtract two of them for what lies between."""
+    """Counts since the engine started; subtract two for the counts between them."""
 
     num_drafts: int
     """Verifications of one request; each yields its accepted tokens and one more."""
@@ -56,7 +56,7 @@ class SpecDecodeCounters:
 
 
 def read_counters(llm: LLM) -> SpecDecodeCounters:
-    """Read a LayerSkip engine that was started with ``disable_log_stats=False``.
+    """The counts of a LayerSkip engine that was started with ``disable_log_stats=False``.
 
     vLLM's counters belong to the process: of several engines in one process, the newest
     is read.

@@ -43,7 +43,7 @@ _DRAFT_TOKENS = (
 class LayerSkipStatLogger:
     """The series of the engines that one front end serves.
 
-    vLLM's loggers say of which kind its counters and gauges are: Prometheus's or Ray's.
+    vLLM's loggers say whether counters and gauges are Prometheus's or Ray's.
     """
 
     def __init__(self, vllm_config: Any, engine_indexes: list[int], prometheus_logger: Any) -> None:
@@ -117,7 +117,7 @@ def export_from_front_ends() -> None:
 def _init(original: Callable) -> Callable:
     def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         original(self, vllm_config, *args, **kwargs)
-        # Like vLLM's, they are the process's: a new engine's take the place of the last one's.
+        # Like vLLM's, they belong to the process: a new engine's replace the last one's.
         _unregister()
         from vllm_layerskip.config.layerskip_config import LayerSkipConfig
 
@@ -163,7 +163,7 @@ def _unregister() -> None:
 
 
 def _wrap_get_metrics() -> None:
-    # An asynchronous engine's process need not have it.
+    # An asynchronous engine's process may not have imported it.
     llm_engine = sys.modules.get(_LLM_ENGINE_MODULE)
     if llm_engine is not None:
         wrap(llm_engine.LLMEngine, "get_metrics", _get_metrics)
@@ -184,7 +184,7 @@ def _snapshot() -> Iterator[Any]:
     for metric in REGISTRY.collect():
         if not metric.name.startswith(PREFIX):
             continue
-        # A counter also has the time of its creation.
+        # A counter also has a sample with the time of its creation.
         samples = [s for s in metric.samples if s.name in (metric.name, f"{metric.name}_total")]
         if metric.name == PREFIX + _DRAFT_TOKENS[0]:
             yield from _vectors(metric.name, samples)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Carries the workers' verify counts to the process that answers ``/metrics``.
 
-A worker counts verify steps; the engine's front end, another process and
-maybe another machine, exports them. Here they ride on messages that vLLM sends anyway, as host
-integers, so nothing waits for the device and no message is added:
+A worker counts verify steps; the engine's front end, in another process and maybe on another
+machine, exports them. The counts ride on messages that vLLM sends anyway, as host integers, so
+nothing waits for the device and no message is added:
 
 * worker -> scheduler: the totals so far are an attribute of the step's ``ModelRunnerOutput``.
   vLLM takes the output of one rank per engine, so a count is a step's and not a rank's.
-* scheduler -> front end: what was added since the last message stands after the K entries of
-  ``SpecDecodingStats.num_draft_tokens_per_pos``. That list goes to one front end and is read
-  by nobody else; the front end takes ours off before any logger of vLLM sees the statistics.
+* scheduler -> front end: the increase since the last message follows the K entries of
+  ``SpecDecodingStats.num_draft_tokens_per_pos``. That list goes to one front end, and nobody else
+  reads it; the front end removes our entries before any logger of vLLM sees the statistics.
   An engine without statistics (``--disable-log-stats``) sends none.
 
 Steps without LayerSkip's attribute pass unchanged. Importing this module imports no vLLM.

@@ -9,4 +9,4 @@ from vllm_layerskip.models.stages import EmbeddingHead, LayerSkipForCausalLM
 
 
 class LayerSkipCohereForCausalLM(EmbeddingHead, LayerSkipForCausalLM, CohereForCausalLM):
-    """Its layers return the residual stream, and what they had taken as a residual."""
+    """Its layers return the residual stream, and their input as the residual."""

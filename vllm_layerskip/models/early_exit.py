@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's own model classes, loading a checkpoint of which they hold the first layers only.
+"""vLLM's own model classes, loading only the first layers of a checkpoint.
 
 Their config says E layers (``config/early_exit.py``), so layers E and up have neither parameters
 nor a KV cache. The classes here skip the weights of those layers.
 
-There is a class ``EarlyExit<architecture>`` for each supported architecture, made when it is
-asked for: importing all of vLLM's classes for one of them would be slow.
+There is a class ``EarlyExit<architecture>`` for each supported architecture. It is made when it is
+asked for: importing all of vLLM's classes to use one would be slow.
 """
 
 from __future__ import annotations

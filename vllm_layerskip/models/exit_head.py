@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What drafting needs of a model beside its own ``compute_logits``."""
+"""What drafting adds to a model, beside its own ``compute_logits``."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 
 class ExitHead:
-    """Mixin for a model: what drafting needs of it beside ``compute_logits``."""
+    """Mixin that gives a model an argmax over its LM head and a count of its weight loads."""
 
     lm_head: Any
     logits_processor: Any
 
     num_weight_loads = 0
-    """Calls of ``load_weights``; a copy of weights that is older is stale."""
+    """Calls of ``load_weights``; a copy of weights from before the last call is stale."""
 
     def load_weights(self, *args: Any, **kwargs: Any) -> Any:
         self.num_weight_loads += 1

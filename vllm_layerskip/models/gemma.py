@@ -15,7 +15,7 @@ class LayerSkipGemmaForCausalLM(LayerSkipForCausalLM, GemmaForCausalLM):
 
 
 class LayerSkipGemma2ForCausalLM(EmbeddingHead, LayerSkipForCausalLM, Gemma2ForCausalLM):
-    """Soft caps of attention and logits, norms behind each block, interleaved windows."""
+    """Soft caps of attention and logits, norms after each block, interleaved windows."""
 
 
 class LayerSkipGemma3ForCausalLM(LayerSkipForCausalLM, Gemma3ForCausalLM):

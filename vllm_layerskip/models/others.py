@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Families that need nothing but their name."""
+"""Families whose defaults are Llama's: they override nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class LayerSkipApertusForCausalLM(LayerSkipForCausalLM, ApertusForCausalLM):
 
 
 class LayerSkipGlm4ForCausalLM(LayerSkipForCausalLM, Glm4ForCausalLM):
-    """As Llama, with norms behind each block."""
+    """As Llama, with norms after each block."""
 
 
 class LayerSkipNemotronForCausalLM(LayerSkipForCausalLM, NemotronForCausalLM):

@@ -20,7 +20,7 @@ class LayerSkipQwen3ForCausalLM(LayerSkipForCausalLM, Qwen3ForCausalLM):
 
 
 class LayerSkipMiMoForCausalLM(LayerSkipForCausalLM, MiMoForCausalLM):
-    """The last norm belongs to the head: its multi-token prediction takes what precedes it."""
+    """The head applies the last norm: multi-token prediction takes the state before it."""
 
     def final_norm(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return hidden_states + residual

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A decoder cut at the exit layer: early stage, late stage, exit head.
 
-Written once for every dense decoder of vLLM. What families do differently between their
-layers (how embeddings are scaled, whether the residual stream is a pair, what the last norm
-takes) are the three methods of ``Decoder`` that a family may override.
+Written once for every dense decoder of vLLM. Families differ in how embeddings are scaled,
+whether the residual stream is a pair, and what the last norm takes. Each of these is a method of
+``Decoder`` that a family may override.
 
 The two stages are separate compiled units: one graph for the whole model could not be
 entered in the middle. They hold the backbone's own layer modules and are kept outside of
@@ -104,7 +104,7 @@ class EarlyStage(nn.Module):
         self,
         input_ids: torch.Tensor | None,  # [T]
         positions: torch.Tensor,  # [T]
-        inputs_embeds: torch.Tensor | None = None,  # [T, H], in the place of input_ids
+        inputs_embeds: torch.Tensor | None = None,  # [T, H], instead of input_ids
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if inputs_embeds is None:
             inputs_embeds = self._embed_input_ids(input_ids)
@@ -138,7 +138,7 @@ class LateStage(nn.Module):
 
 
 class LayerSkipForCausalLM(ExitHead, Decoder, nn.Module):
-    """Mixin before a ``*ForCausalLM`` of vLLM: its forward in two stages."""
+    """Mixin before a ``*ForCausalLM`` of vLLM; it runs the forward in two stages."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
         config = vllm_config.speculative_config
@@ -164,17 +164,17 @@ class LayerSkipForCausalLM(ExitHead, Decoder, nn.Module):
         self._stages = (early_stage, late_stage)
         self._late_stage_inputs = _late_stage_inputs(vllm_config)
         self._takes_embeds = vllm_config.model_config.enable_prompt_embeds
-        # Dummy weights may be followed by loads of a part of the weights.
+        # After dummy weights, a load may bring only a part of the weights.
         self._loads_checkpoint = (
             vllm_config.load_config.load_format != "dummy"
             and vllm_config.model_config.quantization is None
         )
 
     def modules(self, *args: Any, **kwargs: Any) -> Iterator[nn.Module]:
-        """The tree's, and the stages beside it.
+        """The modules of the tree, and the stages beside it.
 
-        vLLM looks here for what it compiled: to know that there is something, and to let go of it
-        when an engine ends. A stage's layers are the tree's, and are not walked again.
+        vLLM looks here for what it compiled: to know that there is something, and to free it when
+        an engine ends. A stage's layers are in the tree already and are not walked again.
         """
         yield from super().modules(*args, **kwargs)
         yield from getattr(self, "_stages", ())
@@ -184,7 +184,7 @@ class LayerSkipForCausalLM(ExitHead, Decoder, nn.Module):
         return LayerSkipModelState
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """vLLM's.
+        """Load the weights as vLLM does, and check that none is missing.
 
         Raises:
             ValueError: the checkpoint that the engine starts from lacks weights.
@@ -218,7 +218,7 @@ class LayerSkipForCausalLM(ExitHead, Decoder, nn.Module):
         inputs_embeds: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self._takes_embeds and inputs_embeds is None:
-            # A stage is compiled once, for one kind of input; drafts have token ids.
+            # A stage is compiled once, for one kind of input, and drafts come as token ids.
             inputs_embeds, input_ids = self.model.embed_input_ids(input_ids), None
         return self._stages[0](input_ids, positions, inputs_embeds)
 
@@ -234,6 +234,11 @@ class LayerSkipForCausalLM(ExitHead, Decoder, nn.Module):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,  # [T, H], with prompt embeddings
     ) -> torch.Tensor:
+        """Run both stages; with a plan, start from the drafts' exit states.
+
+        ``worker/model_state.py`` decides whether there is a plan; ``worker/verify_plan.py`` carries
+        it here.
+        """
         plan = current_verify_plan()
         if plan is None:
             hidden_states, residual = self.run_early_stage(input_ids, positions, inputs_embeds)
@@ -241,8 +246,8 @@ class LayerSkipForCausalLM(ExitHead, Decoder, nn.Module):
             assert input_ids is not None, "no exit states are reused with prompt embeddings"
             hidden_states, residual = self._reuse_exit_states(input_ids, positions, plan)
         if get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE:
-            # A piecewise graph reads its inputs where they were at capture, and memory of the
-            # early stage's last graph may belong to the next graph by then.
+            # A piecewise graph reads its inputs where they were at capture. By then, the next
+            # graph may own the memory of the early stage's last one.
             num_tokens = positions.shape[0]
             hidden_states = self._late_stage_inputs[0, :num_tokens].copy_(hidden_states)
             residual = self._late_stage_inputs[1, :num_tokens].copy_(residual)
@@ -260,7 +265,7 @@ class LayerSkipForCausalLM(ExitHead, Decoder, nn.Module):
             get_forward_context(),
             attn_metadata=plan.attn_metadata,
             slot_mapping=plan.slot_mappings,
-            # Sizes of piecewise graphs are the whole batch's, not one token per request.
+            # Piecewise graphs have sizes for the whole batch, not for one token per request.
             cudagraph_runtime_mode=CUDAGraphMode.NONE,
             batch_descriptor=None,
         )
@@ -281,11 +286,11 @@ class LayerSkipForCausalLM(ExitHead, Decoder, nn.Module):
 
 class EmbeddingHead(nn.Module):
     """Mixin before ``LayerSkipForCausalLM`` for a model that has no LM head of its own and
-    takes its embedding for one."""
+    uses its embedding as one."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
-        # The same module under the name that a draft vocabulary's head takes.
+        # The embedding under the name that a draft vocabulary's head replaces.
         self.lm_head = self.model.embed_tokens
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
@@ -296,8 +301,8 @@ class EmbeddingHead(nn.Module):
 def fused_norms() -> Iterator[None]:
     """Have norms outside of a compiled unit run vLLM's fused kernel where there is one.
 
-    With torch.compile vLLM's default for a norm is code that Inductor fuses. Run as it stands it
-    is a kernel for each of eleven operators, and the exit norm runs once a draft pass.
+    With torch.compile vLLM's default for a norm is code that Inductor fuses. Without Inductor it
+    runs a kernel for each of eleven operators, and the exit norm runs once a draft pass.
     """
     with ExitStack() as stack:
         for norm in map(IrOp.registry.get, _NORMS):
@@ -308,16 +313,16 @@ def fused_norms() -> Iterator[None]:
 
 _NORMS = ("rms_norm", "fused_add_rms_norm")
 _FUSED = "vllm_c"
-"""vLLM's name of its own compiled kernels."""
+"""vLLM's name for its own compiled kernels."""
 
 
 def _late_stage_inputs(vllm_config: VllmConfig) -> torch.Tensor:
-    """``[2, T, H]`` for the largest T that a graph is captured for; 0 without graphs.
+    """``[2, T, H]`` for the largest T that a graph is captured for; T = 0 without graphs.
 
-    Whatever mode was asked for: vLLM turns to piecewise graphs where an attention backend cannot
-    do without, and knows it only after the model was built.
+    Made whatever mode was asked for: vLLM turns to piecewise graphs where an attention backend
+    needs them, and learns that only after the model is built.
     """
     num_tokens = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     model_config = vllm_config.model_config
-    # Loaded on the model's device, which is the default while a model is built.
+    # Made on the model's device, which is the default while a model is built.
     return torch.zeros(2, num_tokens, model_config.get_hidden_size(), dtype=model_config.dtype)

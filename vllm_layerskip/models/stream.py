@@ -36,14 +36,14 @@ class _UnusedResidual(StreamDecoder):
 class LayerSkipHyperCLOVAXForCausalLM(
     _UnusedResidual, LayerSkipForCausalLM, HyperCLOVAXForCausalLM
 ):
-    """Multipliers as in Granite, and norms behind each block."""
+    """Multipliers as in Granite, and norms after each block."""
 
     def scale_embeds(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         return inputs_embeds * self.config.embedding_multiplier
 
 
 class LayerSkipExaone4ForCausalLM(_UnusedResidual, LayerSkipForCausalLM, Exaone4ForCausalLM):
-    """Norms behind each block only, interleaved windows, layers without rotary embedding."""
+    """Norms only after each block, interleaved windows, layers without rotary embedding."""
 
 
 class LayerSkipStablelmForCausalLM(StreamDecoder, LayerSkipForCausalLM, StablelmForCausalLM):

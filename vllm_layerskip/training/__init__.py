@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training with layer dropout and the early-exit loss, and scores of every exit.
+"""Training with layer dropout and the early-exit loss.
 
 ``run.train`` is ``vllm-layerskip train``, ``trainer.LayerSkipTrainer`` its Trainer for models and
-data of your own (docs/training.md); ``train.py`` makes the embedded checkpoint. Importing this
-package imports neither torch nor transformers.
+data of your own (docs/training.md). ``embedded_checkpoint`` makes the checkpoint that ships with
+the package. Importing this package imports neither torch nor transformers.
 """

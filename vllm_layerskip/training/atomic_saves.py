@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-UNFINISHED = ".unfinished"
+from vllm_layerskip.files.whole import UNFINISHED, replace_folder
 
 
 class AtomicSaves(Trainer):
@@ -40,7 +39,7 @@ class AtomicSaves(Trainer):
         if best and (best == self.state.global_step or (final_dir / f"checkpoint-{best}").exists()):
             self.state.best_model_checkpoint = str(final_dir / f"checkpoint-{best}")
         if self.args.should_save:
-            # Written in the unfinished folder, it names that folder as the best one's.
+            # Again: the state that was just saved names the unfinished folder as the best one.
             self.state.save_to_json(str(unfinished_dir / name / TRAINER_STATE_NAME))
             replace_folder(unfinished_dir / name, final_dir / name)
             unfinished_dir.rmdir()
@@ -51,15 +50,3 @@ class AtomicSaves(Trainer):
                 use_mtime=True,
             )
         self.accelerator.wait_for_everyone()
-
-
-def replace_folder(source: Path, target: Path) -> None:
-    """Move ``source`` to ``target`` on one file system; an older ``target`` goes."""
-    if target.exists():
-        outdated = target.with_name(f"{UNFINISHED}-{target.name}-outdated")
-        shutil.rmtree(outdated, ignore_errors=True)
-        os.replace(target, outdated)
-        os.replace(source, target)
-        shutil.rmtree(outdated)
-    else:
-        os.replace(source, target)

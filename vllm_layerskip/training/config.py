@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``vllm-layerskip train --config FILE.yaml`` reads: a section each for model, data, recipe,
-training, LoRA and output. docs/training.md explains every key.
+"""The YAML file of ``vllm-layerskip train``: sections for model, data, recipe, training, LoRA and
+output. docs/training.md explains every key.
 
-Nothing here imports torch, so a mistake is told at once.
+Nothing here imports torch, so mistakes are reported at once.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ class ModelConfig:
     revision: str | None = None
     """Branch, tag or commit of the checkpoint on the model hub."""
     dtype: Dtype = "float32"
-    """Of the weights in training; `training.bf16` computes in bfloat16 beside it."""
+    """Dtype of the weights in training; with `training.bf16` the model computes in bfloat16."""
     attn_implementation: str | None = None
-    """Of transformers, such as "sdpa", "flash_attention_2" or "eager"."""
+    """Attention of transformers, such as "sdpa", "flash_attention_2" or "eager"."""
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.model_type is None):
             raise UserError(
-                "model: give either path (go on with a checkpoint) or model_type with config (from "
-                "scratch), not both and not neither."
+                "model: give exactly one of path (go on with a checkpoint) and model_type with "
+                "config (from scratch)."
             )
         if self.model_type is not None and self.tokenizer is None:
             raise UserError(
@@ -64,16 +64,17 @@ class Source:
     """Where texts come from: exactly one of files, dataset and python_stdlib."""
 
     files: tuple[str, ...] = ()
-    """Text files (one document each), .jsonl files (one document a line), or folders: of these
-    every visible text file counts."""
+    """Text files (one document each), .jsonl files (one document a line), or folders, of which
+    every visible text file is read."""
     dataset: str | None = None
-    """Of Hugging Face: a name, a folder of `load_dataset`, or one of `save_to_disk`."""
+    """A Hugging Face dataset: its name, a folder that `load_dataset` reads, or one that
+    `save_to_disk` wrote."""
     name: str | None = None
     """Configuration of the dataset."""
     split: str | None = None
-    """Of the dataset; default: train."""
+    """Split of the dataset; default: train."""
     python_stdlib: Literal["train", "held_out"] | None = None
-    """The running Python's standard library, without or with only the held-out modules."""
+    """The running Python's standard library without its held-out modules, or these alone."""
     max_samples: int | None = None
     """Stop after so many samples, in the order of the texts."""
 
@@ -96,6 +97,8 @@ class Source:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Texts to train and evaluate on, and how samples are made of them."""
+
     train: Source
     eval: Source | None = None
     seq_len: int = 2048
@@ -103,7 +106,7 @@ class DataConfig:
     packing: bool = True
     """Fill each sample with as many documents as fit; else one document is one sample."""
     loss_on: Literal["responses", "all"] = "responses"
-    """Of chats and prompt-response pairs: what is trained. Plain text always is."""
+    """Tokens of chats and prompt-response pairs to train on. Plain text always is trained on."""
     text_field: str = "text"
     messages_field: str = "messages"
     prompt_field: str = "prompt"
@@ -119,16 +122,18 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OutputConfig:
+    """Where the checkpoint goes, and what its config.json says for serving."""
+
     folder: Path
-    """Of the finished checkpoint."""
+    """Folder of the finished checkpoint."""
     run_folder: Path | None = None
-    """Of checkpoints to resume from, and of TensorBoard's files; default: FOLDER.run."""
+    """Folder of checkpoints to resume from and of TensorBoard's files; default: FOLDER.run."""
     exit_layer: int | None = None
     """E for serving; goes into the checkpoint's config.json."""
     num_speculative_tokens: int | None = None
     """K for serving; goes into the checkpoint's config.json."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the stored weights; "auto": the base checkpoint's, bfloat16 from scratch."""
+    """Dtype of the stored weights; "auto": the base checkpoint's, bfloat16 from scratch."""
 
     def __post_init__(self) -> None:
         if self.num_speculative_tokens is not None and self.num_speculative_tokens < 1:
@@ -165,6 +170,11 @@ class TrainConfig:
 
     @classmethod
     def from_yaml(cls, path: Path) -> TrainConfig:
+        """A config from a file.
+
+        Raises:
+            UserError: the file cannot be read, is no YAML, or has a mistake.
+        """
         import yaml  # type: ignore[import-untyped]
 
         try:
@@ -181,10 +191,15 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Any) -> TrainConfig:
+        """A config from the mapping that a YAML file or ``to_dict`` gives.
+
+        Raises:
+            UserError: it names the key and the remedy.
+        """
         return _build(cls, values, "")
 
     def with_absolute_paths(self) -> TrainConfig:
-        """The same run from any working directory; names on the model hub stay names."""
+        """Paths made absolute, for any working directory; names on the model hub stay names."""
         model, data, output = self.model, self.data, self.output
         return dataclasses.replace(
             self,
@@ -229,10 +244,7 @@ def _build(cls: type[Section], values: Any, key: str) -> Section:
     items = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
     check_keys(values, items, key)
     for name, item in items.items():
-        required = (
-            dataclasses.MISSING in (item.default,) and item.default_factory is dataclasses.MISSING
-        )
-        if required and name not in values:
+        if name not in values and _is_required(item):
             raise UserError(f"{_join(key, name)} is missing. Every run needs it.")
     hints = typing.get_type_hints(cls)
     coerced = {
@@ -242,6 +254,11 @@ def _build(cls: type[Section], values: Any, key: str) -> Section:
         return cls(**coerced)
     except ValueError as error:  # Recipe's own checks know nothing of the section.
         raise UserError(f"{key}.{error}") from None
+
+
+def _is_required(item: dataclasses.Field[Any]) -> bool:
+    missing = dataclasses.MISSING
+    return item.default is missing and item.default_factory is missing
 
 
 def check_keys(values: Iterable[Any], valid: Iterable[str], key: str) -> None:
@@ -264,7 +281,7 @@ def _join(key: str, name: object) -> str:
 
 
 def _coerce(value: Any, hint: Any, key: str) -> Any:
-    """The value as its field wants it; YAML 1.1 reads 3e-4 as text."""
+    """Convert a value to the type of its field; YAML 1.1 reads 3e-4 as text."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in options:

@@ -24,7 +24,7 @@ from datasets import (  # type: ignore[import-untyped]
 from datasets.exceptions import DatasetGenerationError  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
-from vllm_layerskip.errors import UserError
+from vllm_layerskip.errors import UserError, first_line
 from vllm_layerskip.files.corpus import load_stdlib
 from vllm_layerskip.files.jsonl import json_value
 from vllm_layerskip.files.text import text_files
@@ -45,11 +45,11 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Records:
-    """Documents as mappings, with what tells whether they are the same as last time."""
+    """Documents as mappings, and a fingerprint that changes when they do."""
 
     fingerprint: str
     read: Callable[[], Iterator[tuple[str, Mapping[str, Any]]]]
-    """``(where, record)`` pairs; ``where`` names file and line for errors."""
+    """Yields ``(where, record)``; ``where`` names file and line for errors."""
 
 
 def load_samples(
@@ -97,7 +97,11 @@ def _too_little(data: DataConfig, key: str) -> UserError:
 
 
 def open_records(source: Source, data: DataConfig, key: str) -> Records:
-    """The documents of a source; whatever can be checked without reading all of it is."""
+    """The documents of a source, checked as far as possible without reading all of it.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     if source.files:
         return _open_files(source.files, data, f"{key}.files")
     if source.dataset:
@@ -146,10 +150,10 @@ def _open_dataset(source: Source, key: str) -> Records:
         if isinstance(dataset, DatasetDict):
             dataset = dataset[split]
     except Exception as error:  # The loaders of datasets raise whatever their scripts raise.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{key}: {name!r} (name {source.name!r}, split {split!r}) could not be loaded: "
-            f"{reason} Give a dataset's name on the hub, or a folder; check name and split."
+            f"{first_line(error)} Give a dataset's name on the hub, or a folder; check name and "
+            "split."
         ) from None
 
     def read() -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -186,7 +190,8 @@ class Encoder:
         self.data = data
 
     def encode(self, record: Any, where: str) -> Encoded:
-        """
+        """A record's token ids and labels.
+
         Raises:
             UserError: the record has none of the three forms, or the form lacks something.
         """
@@ -317,7 +322,7 @@ def _has_target(sample: Encoded) -> bool:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Tells tokenizers apart by what they do, not by where they lie."""
+    """A digest of what a tokenizer does, whatever folder it is in."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = (
         backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
@@ -342,7 +347,7 @@ class Collator:
             for name, fill in (("input_ids", self.pad_token_id), ("labels", IGNORED))
         }
         if min(lengths) < longest:
-            # Without one, attention is causal alone, which is the fast path of all backends.
+            # Only where needed: without a mask attention takes the fast, causal path.
             positions = torch.arange(longest)
             batch["attention_mask"] = (positions < torch.tensor(lengths)[:, None]).long()
         return batch

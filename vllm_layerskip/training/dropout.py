@@ -77,14 +77,14 @@ def _run_subset(
 
 
 def _is_by_sample(value: Any) -> bool:
-    """False for what cannot be cut along the batch, as flex attention's BlockMask or a cache."""
+    """False for what cannot be cut along the batch: flex attention's BlockMask or a cache."""
     if isinstance(value, tuple):
         return all(map(_is_by_sample, value))
     return value is None or isinstance(value, bool | int | float | str | torch.Tensor)
 
 
 def _select(value: Any, samples: torch.Tensor, num_samples: int) -> Any:
-    """Rows of what has one per sample; a leading 1 broadcasts, and vectors run along tokens."""
+    """Rows of a tensor with one per sample; a leading 1 broadcasts, vectors run along tokens."""
     if isinstance(value, tuple):
         return tuple(_select(part, samples, num_samples) for part in value)
     if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[0] == num_samples:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the embedded checkpoint: a small Llama on the standard library's sources."""
+"""Train and score the embedded checkpoint: a small Llama on the standard library's sources.
+
+``vllm-layerskip train`` cannot make it: its tokenizer is trained too, each module begins with
+``<s>``, and a twin without the recipe is scored beside it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +27,20 @@ from transformers import (
     TrainingArguments,
 )
 
-from vllm_layerskip.evaluation.scores import acceptance_length, greedy_draft_matches, score_exits
+from vllm_layerskip.evaluation.checkpoints import load_model
+from vllm_layerskip.evaluation.data import Document, encode
+from vllm_layerskip.evaluation.predictions import generate_greedily, measure_agreement
+from vllm_layerskip.evaluation.scores import score_exits
 from vllm_layerskip.files.corpus import Corpus, held_out_prompts, load_stdlib
+from vllm_layerskip.files.whole import write_json, write_text
 from vllm_layerskip.training.card import model_card
 from vllm_layerskip.training.output import layerskip_block, write_checkpoint
 from vllm_layerskip.training.recipe import Recipe
 from vllm_layerskip.training.tokenizer import train_tokenizer
 from vllm_layerskip.training.trainer import LayerSkipTrainer
+
+SCORED_K = (1, 3, 5, 7)
+"""Numbers of drafts whose acceptance length is scored."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +71,14 @@ class TrainingPlan:
     )
 
     def twin(self) -> TrainingPlan:
-        """The same run without the recipe."""
+        """This plan without the recipe."""
         return replace(self, recipe=Recipe.off())
 
 
-class _Blocks(Dataset):
-    """Token ids of the corpus in blocks of ``seq_len``; the ragged end is dropped."""
+class Blocks(Dataset):
+    """Blocks of ``seq_len`` token ids; the ragged end is dropped."""
 
-    def __init__(self, token_ids: list[int], seq_len: int) -> None:
+    def __init__(self, token_ids: Sequence[int], seq_len: int) -> None:
         num_blocks = len(token_ids) // seq_len
         self.blocks = torch.tensor(token_ids[: num_blocks * seq_len]).view(num_blocks, seq_len)
 
@@ -83,19 +95,10 @@ def _has_fast_bf16() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
-def _encode(tokenizer: PreTrainedTokenizerFast, texts: dict[str, str]) -> list[int]:
-    """One stream of ids: ``<s> module </s> <s> module </s> ...``."""
-    encoded = tokenizer([texts[name] for name in sorted(texts)], verbose=False)["input_ids"]
-    stream: list[int] = []
-    for ids in encoded:
-        stream += [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
-    return stream
-
-
 def train_model(
     plan: TrainingPlan, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, output: Path
 ) -> tuple[LlamaForCausalLM, float]:
-    """Train one model; returns it (float32, on the CPU) and the seconds spent."""
+    """Train one model; returns it (float32, on the CPU) and the seconds that its steps took."""
     blocks = encode_blocks(plan, tokenizer, corpus.train)
     trainer = make_trainer(plan, tokenizer, blocks, output)
     start = time.monotonic()
@@ -106,9 +109,10 @@ def train_model(
 
 def encode_blocks(
     plan: TrainingPlan, tokenizer: PreTrainedTokenizerFast, texts: dict[str, str]
-) -> Dataset:
-    """Texts as training samples of ``seq_len`` token ids."""
-    return _Blocks(_encode(tokenizer, texts), plan.seq_len)
+) -> Blocks:
+    """Texts, each between ``<s>`` and ``</s>``, as training samples of ``seq_len`` token ids."""
+    documents = (Document(name, texts[name]) for name in sorted(texts))
+    return Blocks(encode(tokenizer, documents, "document").token_ids, plan.seq_len)
 
 
 def make_trainer(
@@ -116,23 +120,33 @@ def make_trainer(
 ) -> LayerSkipTrainer:
     """A freshly initialised model of the plan's shape and its trainer."""
     transformers.set_seed(plan.seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=plan.vocab_size,
-            hidden_size=plan.hidden_size,
-            intermediate_size=plan.intermediate_size,
-            num_hidden_layers=plan.num_layers,
-            num_attention_heads=plan.num_heads,
-            num_key_value_heads=plan.num_kv_heads,
-            head_dim=plan.head_dim,
-            max_position_embeddings=plan.seq_len,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    return LayerSkipTrainer(
+        model=LlamaForCausalLM(_model_config(plan, tokenizer)),
+        args=_arguments(plan, output),
+        train_dataset=blocks,
+        recipe=plan.recipe,
     )
-    arguments = TrainingArguments(
+
+
+def _model_config(plan: TrainingPlan, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=plan.vocab_size,
+        hidden_size=plan.hidden_size,
+        intermediate_size=plan.intermediate_size,
+        num_hidden_layers=plan.num_layers,
+        num_attention_heads=plan.num_heads,
+        num_key_value_heads=plan.num_kv_heads,
+        head_dim=plan.head_dim,
+        max_position_embeddings=plan.seq_len,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _arguments(plan: TrainingPlan, output: Path) -> TrainingArguments:
+    return TrainingArguments(
         output_dir=str(output),
         max_steps=plan.num_steps,
         per_device_train_batch_size=plan.batch_size,
@@ -150,7 +164,6 @@ def make_trainer(
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    return LayerSkipTrainer(model=model, args=arguments, train_dataset=blocks, recipe=plan.recipe)
 
 
 def score_model(
@@ -168,23 +181,39 @@ def score_model(
     Args:
         num_windows: how many windows of ``seq_len`` tokens the exits are scored on; default: all.
     """
-    windows = _Blocks(_encode(tokenizer, corpus.held_out), plan.seq_len).blocks[:num_windows]
+    windows = encode_blocks(plan, tokenizer, corpus.held_out).blocks[:num_windows]
     texts = [text for _, text in held_out_prompts(corpus, 4 * num_prompts, num_lines=40)]
     encoded = [[tokenizer.bos_token_id, *ids][:prompt_len] for ids in tokenizer(texts)["input_ids"]]
-    prompts = torch.tensor([ids for ids in encoded if len(ids) == prompt_len][:num_prompts])
-    matches = greedy_draft_matches(model, prompts, num_new_tokens)
+    prompts = [ids for ids in encoded if len(ids) == prompt_len][:num_prompts]
     return {
         "exits": [score.to_dict() for score in score_exits(model, windows)],
         "num_prompts": len(prompts),
         "prompt_len": prompt_len,
         "num_new_tokens": num_new_tokens,
-        "acceptance_length": {
-            f"E={exit_layer}": {
-                f"K={k}": round(acceptance_length(matches[exit_layer - 1], k), 3)
-                for k in (1, 3, 5, 7)
-            }
-            for exit_layer in range(1, plan.num_layers)
-        },
+        "acceptance_length": _acceptance_lengths(model, prompts, num_new_tokens),
+    }
+
+
+def _acceptance_lengths(
+    model: LlamaForCausalLM, prompts: Sequence[Sequence[int]], num_new_tokens: int
+) -> dict[str, dict[str, float]]:
+    """By exit layer E and number of drafts K, on greedy continuations that no stop token ends.
+
+    Raises:
+        ValueError: the continuations are too short for one whole step of the largest K.
+    """
+    if num_new_tokens < max(SCORED_K) + 2:
+        raise ValueError(
+            f"{num_new_tokens} continuation tokens are too few for one step of {max(SCORED_K)} "
+            "drafts. Continue the prompts for longer."
+        )
+    continuations = generate_greedily(model, prompts, num_new_tokens, stop_token_ids=())
+    exit_layers = range(1, model.config.num_hidden_layers)
+    agreement = measure_agreement(model, prompts, continuations, exit_layers)
+    by_exit = agreement.acceptance_lengths(max(SCORED_K)).tolist()
+    return {
+        f"E={exit_layer}": {f"K={k}": round(lengths[k - 1], 3) for k in SCORED_K}
+        for exit_layer, lengths in zip(exit_layers, by_exit, strict=True)
     }
 
 
@@ -226,7 +255,7 @@ def run(plan: TrainingPlan, output: Path, with_twin: bool, keep_checkpoint: bool
 def _train_into(
     plan: TrainingPlan, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, output: Path
 ) -> dict[str, float]:
-    """Train and save; what it cost."""
+    """Train and save; returns seconds and threads."""
     model, seconds = train_model(plan, tokenizer, corpus, output)
     save_checkpoint(plan, model, tokenizer, output)
     return {"seconds": round(seconds, 1), "num_threads": torch.get_num_threads()}
@@ -234,7 +263,7 @@ def _train_into(
 
 def load_checkpoint(folder: Path) -> LlamaForCausalLM:
     """The stored checkpoint in float32, for scoring."""
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return load_model(str(folder), "--output")
 
 
 def save_checkpoint(
@@ -258,5 +287,5 @@ def save_checkpoint(
 
 
 def _write_scores(output: Path, scores: dict[str, Any]) -> None:
-    (output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-    (output / "README.md").write_text(model_card(scores), encoding="utf-8")
+    write_json(output / "scores.json", scores, indent=2)
+    write_text(output / "README.md", model_card(scores))

@@ -58,7 +58,7 @@ def exit_cross_entropy(
 
 
 class ExitMeter:
-    """Cross entropy of each exit, as sums over tokens, since it was last read."""
+    """Cross entropy of each exit, summed over the tokens since ``read`` was last called."""
 
     def __init__(self, num_layers: int, device: torch.device) -> None:
         self.totals = torch.zeros(2, num_layers, dtype=torch.float64, device=device)
@@ -68,7 +68,7 @@ class ExitMeter:
         self.totals[1, layer] += num_tokens
 
     def read(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """``{"exit_E_loss": mean}`` of the exits that were seen; forgets them.
+        """``{"exit_E_loss": mean}`` of the exits that were seen; starts again from zero.
 
         Args:
             reduce: sums a tensor over all ranks.
@@ -85,8 +85,9 @@ class ExitMeter:
 class ExitLoss:
     """Runs one forward pass of a causal language model with dropout and the early-exit loss.
 
-    The model's own ``loss_function`` hands over labels and normalisation: so the loss is
-    computed inside of the model's forward, where distributed wrappers have gathered its weights.
+    It stands in for the model's ``loss_function`` and so gets labels and normalisation. The loss
+    is thus computed inside the model's forward, where distributed wrappers have gathered its
+    weights.
     """
 
     def __init__(
@@ -97,7 +98,8 @@ class ExitLoss:
         kept: np.ndarray | None = None,
         always_run: bool = False,
     ) -> None:
-        """
+        """What one forward pass is to compute.
+
         Args:
             weights: e~(t, l) of the exits to compute, by layer; the last layer is among them.
             kept: ``[L, B]``, the samples that each layer runs for; None: all.
@@ -160,7 +162,7 @@ class ExitLoss:
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """``loss_function`` of transformers, over all exits."""
+        """J, called as transformers calls a model's ``loss_function``."""
         self.num_calls += 1
         own = self._own_loss(
             logits=logits,
@@ -189,6 +191,6 @@ class ExitLoss:
 
 
 def positive(weights: Sequence[float]) -> dict[int, float]:
-    """The exits that have a weight, and the last one, by layer."""
+    """Weights by layer: of the exits that have one, and of the last."""
     last = len(weights) - 1
     return {layer: w for layer, w in enumerate(weights) if w > 0 or layer == last}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,32 +12,31 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from vllm_layerskip.errors import UserError
+from vllm_layerskip.errors import UserError, first_line
 from vllm_layerskip.evaluation.exits import check_decoder
+from vllm_layerskip.files import tokenizers
 from vllm_layerskip.training.config import ModelConfig, OutputConfig, check_keys
 from vllm_layerskip.training.recipe import Recipe
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """
+    """The tokenizer that the section ``model`` names, by default the checkpoint's.
+
     Raises:
         UserError: there is none.
     """
-    key, name = ("tokenizer", model.tokenizer) if model.tokenizer else ("path", model.path)
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=model.revision)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.{key}: {name!r} holds no tokenizer that could be read ({_first_line(error)}). "
-            "Name a folder with tokenizer.json or a name on the model hub, in model.tokenizer."
-        ) from None
+    if model.tokenizer is not None:
+        return tokenizers.load_tokenizer(
+            model.tokenizer, "model.tokenizer", revision=model.revision
+        )
+    source = "model.tokenizer (default: model.path)"
+    return tokenizers.load_tokenizer(str(model.path), source, revision=model.revision)
 
 
 def load_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
@@ -52,7 +52,7 @@ def load_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pretr
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.path: {model.path!r} holds no checkpoint that could be read "
-            f"({_first_line(error)}). Name a folder with config.json and weights, or a name on the "
+            f"({first_line(error)}). Name a folder with config.json and weights, or a name on the "
             "model hub."
         ) from None
     names = config.architectures or []
@@ -82,7 +82,7 @@ def _new_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pretr
     try:
         return AutoConfig.for_model(model.model_type, **{**defaults, **model.config})
     except (TypeError, ValueError) as error:
-        raise UserError(f"model.config: {_first_line(error)}. Correct the value.") from None
+        raise UserError(f"model.config: {first_line(error)}. Correct the value.") from None
 
 
 def check_model(
@@ -92,7 +92,7 @@ def check_model(
     tokenizer: PreTrainedTokenizerBase,
     seq_len: int,
 ) -> None:
-    """Refuse a model without exits, or that recipe, serving block or data do not fit.
+    """Refuse a model without exits, or one that the rest of the config does not fit.
 
     Raises:
         UserError: it names the key.
@@ -100,7 +100,7 @@ def check_model(
     try:
         check_decoder(build_empty(config))
     except ValueError as error:
-        raise UserError(f"model: {_first_line(error)}") from None
+        raise UserError(f"model: {first_line(error)}") from None
     num_layers = config.num_hidden_layers
     try:
         recipe.check_depth(num_layers)
@@ -157,7 +157,7 @@ def load_model(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"model.path: the weights of {model.path!r} could not be read ({_first_line(error)}). "
+            f"model.path: the weights of {model.path!r} could not be read ({first_line(error)}). "
             "Name a complete checkpoint."
         ) from None
     if info["missing_keys"]:
@@ -175,8 +175,6 @@ def add_lora(model: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
     Raises:
         UserError: a key or value is none of ``peft.LoraConfig``.
     """
-    import dataclasses
-
     from peft import LoraConfig, get_peft_model
 
     check_keys(lora, (item.name for item in dataclasses.fields(LoraConfig)), "lora")
@@ -184,8 +182,4 @@ def add_lora(model: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
     try:
         return get_peft_model(model, LoraConfig(**{**defaults, **lora}))
     except (TypeError, ValueError) as error:
-        raise UserError(f"lora: {_first_line(error)} Correct the value.") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"lora: {first_line(error)} Correct the value.") from None

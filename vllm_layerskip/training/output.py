@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from vllm_layerskip.training.atomic_saves import UNFINISHED, replace_folder
+from vllm_layerskip.files.whole import UNFINISHED, replace_folder
 from vllm_layerskip.training.config import OutputConfig
 from vllm_layerskip.training.model import add_lora, build_empty
 from vllm_layerskip.training.recipe import Recipe
@@ -20,14 +25,14 @@ from vllm_layerskip.training.recipe import Recipe
 def layerskip_block(
     recipe: Recipe, exit_layer: int | None = None, num_speculative_tokens: int | None = None
 ) -> dict[str, Any]:
-    """What ``exit_layer="auto"`` reads from config.json; without E and K, the recipe alone."""
+    """config.json's block, which ``exit_layer="auto"`` reads; without E and K, the recipe alone."""
     serving = {"exit_layer": exit_layer, "num_speculative_tokens": num_speculative_tokens}
     block = {name: value for name, value in serving.items() if value is not None}
     return block | {"recipe": recipe.to_dict()}
 
 
 def output_dtype(output: OutputConfig, base: PretrainedConfig, from_scratch: bool) -> torch.dtype:
-    """Of the stored weights."""
+    """The dtype of the stored weights."""
     if output.dtype != "auto":
         return getattr(torch, output.dtype)
     if from_scratch or base.dtype is None:
@@ -44,19 +49,13 @@ def write_checkpoint(
     generation_config: GenerationConfig | None = None,
     lora: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write ``folder``, whole or not at all; one that exists is replaced.
+    """Write ``folder``, whole or not at all; an existing one is replaced.
 
     Args:
-        state_dict: full weights, with adapters if there is ``lora``: they are merged.
+        state_dict: all weights; with ``lora`` also those of the adapters, which are merged.
     """
     config.use_cache = True  # The trainer turns it off.
-    model = build_empty(config)
-    if lora is not None:
-        model = add_lora(model, lora)
-    tensors = {name: tensor.detach().cpu() for name, tensor in state_dict.items()}
-    model.load_state_dict(tensors, assign=True)
-    if lora is not None:
-        model = model.merge_and_unload()
+    model = _with_weights(config, state_dict, lora)
     _cast_weights(model, dtype)
     model.tie_weights()
     model.config.dtype = dtype
@@ -71,15 +70,29 @@ def write_checkpoint(
     replace_folder(unfinished, folder)
 
 
+def _with_weights(
+    config: PretrainedConfig,
+    state_dict: Mapping[str, torch.Tensor],
+    lora: Mapping[str, Any] | None,
+) -> PreTrainedModel:
+    """The model on the CPU, adapters merged."""
+    model = build_empty(config)
+    if lora is not None:
+        model = add_lora(model, lora)
+    tensors = {name: tensor.detach().cpu() for name, tensor in state_dict.items()}
+    model.load_state_dict(tensors, assign=True)
+    return model if lora is None else model.merge_and_unload()
+
+
 def _cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Parameters alone: rotary frequencies are buffers, and are not stored."""
+    """Cast parameters only: rotary frequencies are buffers, and are not stored."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
 
 
 def _make_valid(generation: GenerationConfig) -> None:
-    """Generation settings that can be stored: older checkpoints sample without saying so."""
+    """Make the settings storable: older checkpoints set sampling options, but not do_sample."""
     generation.use_cache = True
     try:
         generation.validate(strict=True)

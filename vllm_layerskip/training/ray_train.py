@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same run on the workers of Ray Train."""
+"""A training run on the workers of Ray Train."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from transformers import TrainerCallback
 
 from vllm_layerskip.errors import UserError
 from vllm_layerskip.training.config import TrainConfig
-from vllm_layerskip.training.run import check_run
+from vllm_layerskip.training.rank import check_run, train_here
+from vllm_layerskip.training.trainer import LayerSkipTrainer
 
 
 def train_with_ray(
     config: TrainConfig, num_workers: int, *, resume: bool = False, overwrite: bool = False
 ) -> Path:
-    """``train`` on ``num_workers`` workers, each with a GPU where the cluster has enough.
+    """Train on ``num_workers`` workers, each with a GPU where the cluster has enough.
 
     Joins the Ray cluster that there is, or starts one on this machine. All workers read and
     write the config's paths, so several machines need a shared file system.
@@ -26,7 +27,7 @@ def train_with_ray(
         The checkpoint's folder.
 
     Raises:
-        UserError: as ``train``; or Ray is not installed.
+        UserError: as ``train_here``; or Ray is not installed.
     """
     try:
         import ray
@@ -47,7 +48,7 @@ def train_with_ray(
         _train_on_worker,
         train_loop_config={"config": config.to_dict()},
         scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
-        # A name of its own: going on with a run is our part, not Ray's.
+        # A new name each time: we resume runs, Ray does not.
         run_config=RunConfig(
             name=f"ray-{time.time_ns()}", storage_path=str(config.output.resolved_run_folder)
         ),
@@ -59,14 +60,11 @@ def train_with_ray(
 def _train_on_worker(arguments: dict[str, Any]) -> None:
     from ray.train.huggingface.transformers import prepare_trainer
 
-    from vllm_layerskip.training.run import train_here
-    from vllm_layerskip.training.trainer import LayerSkipTrainer
-
     def prepare(trainer: LayerSkipTrainer) -> None:
         trainer.add_callback(_Report())
         prepare_trainer(trainer)
 
-    # The driver made the folders ready, so a worker that Ray started again goes on.
+    # The driver made the folders ready, so a worker that Ray restarts resumes the run.
     train_here(
         TrainConfig.from_dict(arguments["config"]), resume=True, overwrite=True, prepare=prepare
     )

@@ -76,10 +76,10 @@ class Recipe:
         return cls(max_layer_dropout=0.0, exit_loss_scale=0.0, rotation=1)
 
     def check_depth(self, num_layers: int) -> None:
-        """Refuse what does not fit a model of ``num_layers`` layers.
+        """Refuse a recipe that does not fit a model of ``num_layers`` layers.
 
         Raises:
-            ValueError: R exceeds the number of exits, or an exit lies behind the last layer.
+            ValueError: R exceeds the number of exits, or an exit lies after the last layer.
         """
         if self.exit_layers is not None and self.exit_layers[-1] > num_layers:
             raise ValueError(

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run folder was started with, so that a run is only resumed as what it was."""
+"""The settings of a run, kept in its folder: it can only be resumed with the same ones."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from vllm_layerskip.errors import UserError
-from vllm_layerskip.training.atomic_saves import UNFINISHED
+from vllm_layerskip.files.whole import write_json
 from vllm_layerskip.training.config import TrainConfig
 
 RUN_FILE = "run.json"
@@ -22,10 +21,9 @@ _SCHEDULE = ("seed", "data_seed", "max_steps", "num_train_epochs", "learning_rat
 
 
 def run_facts(config: TrainConfig, args: TrainingArguments, num_ranks: int) -> dict[str, Any]:
-    """Everything that the steps of a run follow from, by key.
+    """Everything that determines the steps of a run, by key.
 
-    The number of ranks may change between a run and its resumption, if the samples per step
-    don't.
+    A resumed run may have another number of ranks, but not another number of samples per step.
     """
     plain = config.to_dict()
     facts: dict[str, Any] = {}
@@ -47,7 +45,7 @@ def _flat(value: Any, key: str) -> dict[str, Any]:
 
 
 def check_folders(config: TrainConfig, resume: bool, overwrite: bool) -> None:
-    """Refuse to write over what is there.
+    """Refuse to overwrite a checkpoint or an earlier run.
 
     Raises:
         UserError: it names the folder and what to do.
@@ -67,10 +65,10 @@ def check_folders(config: TrainConfig, resume: bool, overwrite: bool) -> None:
 
 
 def start_run(run_folder: Path, facts: Mapping[str, Any], resume: bool) -> None:
-    """Prepare the run folder, on one process; unless a run is resumed, an earlier one goes.
+    """Prepare the run folder, in one process; unless it is resumed, an earlier run is deleted.
 
     Raises:
-        UserError: the folder's run was another one.
+        UserError: the folder's run had other settings, or the folder holds something else.
     """
     run_file = run_folder / RUN_FILE
     if resume and run_file.is_file():
@@ -85,9 +83,7 @@ def start_run(run_folder: Path, facts: Mapping[str, Any], resume: bool) -> None:
             )
         shutil.rmtree(run_folder)
     run_folder.mkdir(parents=True, exist_ok=True)
-    unfinished = run_folder / f"{RUN_FILE}{UNFINISHED}"
-    unfinished.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, run_file)
+    write_json(run_file, facts)
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], run_folder: Path) -> None:

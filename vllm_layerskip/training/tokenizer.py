@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
-# A base model on source code has no roles to learn; the template lets a chat client
-# talk to it: the messages' texts, one after the other.
+# A base model of source code knows no roles. The template lets chat clients talk to it: it puts
+# the messages' texts one after the other.
 _CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 )
@@ -20,7 +20,7 @@ _CHAT_TEMPLATE = (
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, model_max_length: int
 ) -> PreTrainedTokenizerFast:
-    """Train BPE on ``texts``. No text is unknown to bytes; ``<s>`` is not added by itself."""
+    """Train BPE on ``texts``. Its bytes cover every text; encoding adds no ``<s>``."""
     tokenizer = Tokenizer(models.BPE())
     # Runs of spaces become one token, as code wants it; digits stay single.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

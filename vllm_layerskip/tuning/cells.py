@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measured cells: a CSV file with a row for each (E, K, batch size), and the way to resume it.
+"""``cells.csv``: a row for each measurement of an (E, K) at a batch size.
 
-A row belongs to the settings it was measured under (model, prompts, engine, machine, code):
-``settings`` is a digest of them, and rows of another digest are left alone and not used. The file
-is only appended to, a whole line at a time; a line that a crash cut off is dropped.
+A measurement belongs to the settings that it was made under (model, prompts, engine, machine,
+code). The column ``settings`` holds a digest of them; rows with another digest stay in the file and
+are not used. The file is only appended to, a whole line at a time; a line that a crash cut off is
+dropped.
 """
 
 from __future__ import annotations
@@ -19,21 +20,22 @@ from pathlib import Path
 from typing import Any
 
 from vllm_layerskip.errors import UserError
+from vllm_layerskip.tuning.grid import PLAIN as PLAIN
+from vllm_layerskip.tuning.grid import Cell
 
-PLAIN = (0, 0)
-"""The (E, K) of plain decoding."""
+CELLS_FILE = "cells.csv"
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """What one engine did at one batch size. Plain decoding has E = K = 0."""
 
-    settings: str
+    settings_digest: str
     exit_layer: int
     num_speculative_tokens: int
     batch_size: int
     tokens_per_s: float
-    """Of all requests together, in steady decoding; the median of the runs."""
+    """All requests together, in steady decoding; the median of the runs."""
     step_ms: float
     acceptance_length: float
     """Tokens a request and step, in the same window; 1 for plain decoding."""
@@ -41,24 +43,37 @@ class Row:
     num_accepted_tokens: int
     num_steps: int
     runs_tokens_per_s: str
-    """Each run's, separated by spaces."""
+    """Each run's speed, separated by spaces."""
     outputs: str
     """A digest of each prompt's output tokens, separated by spaces."""
     start_s: float
     """What the engine took to start."""
 
     @property
-    def cell(self) -> tuple[int, int]:
+    def cell(self) -> Cell:
         return self.exit_layer, self.num_speculative_tokens
 
+    @property
+    def settings(self) -> str:  # Until benchmarks/pages says settings_digest.
+        return self.settings_digest
 
-_TYPES = {field.name: {"int": int, "float": float, "str": str}[str(field.type)]
-          for field in fields(Row)}  # fmt: skip
+    def to_dict(self) -> dict[str, Any]:
+        """Values by their names in files."""
+        return {_in_files(name): value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Measurement:
+        """The measurement that ``to_dict`` gave."""
+        return cls(**{field.name: values[_in_files(field.name)] for field in fields(cls)})
 
 
-def settings_digest(identity: Mapping[str, Any]) -> str:
-    """The first digits of a SHA-256 over everything that a measurement depends on."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+def _in_files(name: str) -> str:
+    return "settings" if name == "settings_digest" else name
+
+
+_TYPES = {_in_files(field.name): {"int": int, "float": float, "str": str}[str(field.type)]
+          for field in fields(Measurement)}  # fmt: skip
+"""Columns of the file, in its order."""
 
 
 def output_digest(token_ids: Iterable[int]) -> str:
@@ -66,7 +81,7 @@ def output_digest(token_ids: Iterable[int]) -> str:
     return hashlib.sha256(json.dumps(list(token_ids)).encode()).hexdigest()[:10]
 
 
-def load_rows(path: Path) -> list[Row]:
+def load_measurements(path: Path) -> list[Measurement]:
     """The whole rows of a file; none if there is no file.
 
     Raises:
@@ -86,10 +101,10 @@ def load_rows(path: Path) -> list[Row]:
             f"{path}: this is no file of measured cells, or one of another version. Move it away, "
             "or choose another --results."
         )
-    return [row for line in lines[1:] if (row := _parse(line)) is not None]
+    return [found for line in lines[1:] if (found := _parse(line)) is not None]
 
 
-def _parse(line: str) -> Row | None:
+def _parse(line: str) -> Measurement | None:
     values = next(csv.reader([line]), [])
     if not line.endswith("\n") or len(values) != len(_TYPES):
         return None
@@ -99,10 +114,10 @@ def _parse(line: str) -> Row | None:
         }
     except ValueError:
         return None
-    return Row(**converted)
+    return Measurement.from_dict(converted)
 
 
-def append_rows(path: Path, rows: Iterable[Row]) -> None:
+def append_measurements(path: Path, measurements: Iterable[Measurement]) -> None:
     """Add rows; a cut-off last line goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = io.StringIO()
@@ -111,8 +126,7 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
     whole = content.rfind(b"\n") + 1
     if whole == 0:
         writer.writeheader()
-    for row in rows:
-        writer.writerow(asdict(row))
+    writer.writerows(measurement.to_dict() for measurement in measurements)
     with path.open("r+b" if content else "wb") as file:
         file.truncate(whole)
         file.seek(whole)
@@ -121,22 +135,29 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
         os.fsync(file.fileno())
 
 
-def least_disturbed(rows: Iterable[Row]) -> dict[tuple[tuple[int, int], int], Row]:
-    """Of each cell and batch size the fastest row, by ((E, K), batch size).
+def least_disturbed(
+    measurements: Iterable[Measurement],
+) -> dict[tuple[Cell, int], Measurement]:
+    """The fastest measurement of each cell and batch size, by ((E, K), batch size).
 
     A cell decodes the same steps in every round, and whatever else a machine does only slows them
-    down. On a shared machine such a disturbance lasts for seconds to minutes, so it is the round as
-    a whole that is disturbed or not, and the fastest one says most about the cell.
+    down. On a shared machine such a disturbance lasts for seconds to minutes: it hits a whole round
+    or none of it, so the fastest round says most about the cell.
     """
-    fastest: dict[tuple[tuple[int, int], int], Row] = {}
-    for row in rows:
-        key = (row.cell, row.batch_size)
-        if key not in fastest or row.tokens_per_s > fastest[key].tokens_per_s:
-            fastest[key] = row
+    fastest: dict[tuple[Cell, int], Measurement] = {}
+    for measurement in measurements:
+        key = (measurement.cell, measurement.batch_size)
+        if key not in fastest or measurement.tokens_per_s > fastest[key].tokens_per_s:
+            fastest[key] = measurement
     return fastest
 
 
-def num_equal_outputs(row: Row, plain: Row) -> tuple[int, int]:
+def num_equal_outputs(measurement: Measurement, plain: Measurement) -> tuple[int, int]:
     """How many prompts' outputs equal plain decoding's, and of how many."""
-    pairs = list(zip(row.outputs.split(), plain.outputs.split(), strict=True))
+    pairs = list(zip(measurement.outputs.split(), plain.outputs.split(), strict=True))
     return sum(ours == theirs for ours, theirs in pairs), len(pairs)
+
+
+# Until benchmarks/pages and tests/engine have the new names.
+Row = Measurement
+load_rows = load_measurements

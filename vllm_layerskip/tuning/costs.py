@@ -10,9 +10,9 @@ with K + 1 tokens. With a layer's time linear in its tokens, that sums up to
 where ``verify`` is a step's constant part, its own overhead included; ``draft`` is what a draft
 pass costs besides its layers (the exit head, launches, host time) and what one more verified
 token costs; ``layer`` is what drafting with one more layer costs, less that layer's share of the
-verified token, which reuse of exit states saves. The three numbers come from measured steps of
-a few (E, K), by least squares of the relative error, for each batch size by itself: overheads
-are in them as they are. Plain decoding is measured as it is.
+verified token, which reuse of exit states saves. The three numbers come from measured steps of a
+few (E, K), by least squares of the relative error, for each batch size by itself; so they contain
+overheads. Plain decoding is measured as it is.
 """
 
 from __future__ import annotations
@@ -20,12 +20,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import nnls  # type: ignore[import-untyped]
 
-from vllm_layerskip.measuring.roofline import Decoding, Roofline
+from vllm_layerskip.errors import UserError
+from vllm_layerskip.measuring.hardware import GPUS, find_by_part
+from vllm_layerskip.measuring.roofline import NUM_BYTES, Decoding, Roofline
+from vllm_layerskip.measuring.shapes import Shape
+from vllm_layerskip.tuning.grid import Cell
+
+_DAMPING = 1e-6
+"""A small weight on the size of a solution, so that there is always exactly one."""
 
 
 class Costs(Protocol):
@@ -48,7 +56,7 @@ class MeasuredStep:
 
 @dataclass(frozen=True)
 class StepCosts:
-    """The parts of a step at one batch size, in seconds; what they are says the module."""
+    """The parts of a step at one batch size, in seconds; the module docstring explains them."""
 
     plain_s: float
     verify_s: float
@@ -126,28 +134,43 @@ def _fit(steps: Sequence[MeasuredStep], plain_s: float) -> StepCosts:
 def _non_negative_least_squares(features: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """``x >= 0`` with the least ``|features @ x - 1|``: no part of a step takes negative time.
 
-    With three unknowns, each subset of them is tried.
+    If the measured steps cannot tell parts apart (there is only one K, say), it is the smallest
+    such ``x``.
     """
     num_steps, num_unknowns = features.shape
-    target = np.ones(num_steps)
-    best, best_error = np.zeros(num_unknowns), np.inf
-    for size in range(num_unknowns, 0, -1):
-        for subset in itertools.combinations(range(num_unknowns), size):
-            columns = list(subset)
-            # Columns differ by orders of magnitude; scaling keeps the rank's threshold fair.
-            scale = np.linalg.norm(features[:, columns], axis=0)
-            values = np.linalg.lstsq(features[:, columns] / scale, target, rcond=None)[0] / scale
-            error = float(np.square(features[:, columns] @ values - 1).sum())
-            if (values >= 0).all() and error < best_error - 1e-12:
-                best, best_error = np.zeros(num_unknowns), error
-                best[columns] = values
-    return best
+    # Columns differ by orders of magnitude.
+    scale = np.linalg.norm(features, axis=0)
+    damped = np.vstack([features / scale, _DAMPING * np.eye(num_unknowns)])
+    target = np.concatenate([np.ones(num_steps), np.zeros(num_unknowns)])
+    return nnls(damped, target)[0] / scale
 
 
-def design_cells(
-    exit_layers: Sequence[int], num_speculative_tokens: Sequence[int]
-) -> list[tuple[int, int]]:
-    """The (E, K) to measure for a fit: the corners of the range, and one in the middle, whose
+def find_roofline(hardware: str, config: Mapping[str, Any], dtype: str) -> Roofline:
+    """The roofline of a checkpoint on a GPU.
+
+    Args:
+        hardware: words of the GPU's name, such as ``h100``.
+        config: the checkpoint's config.json.
+        dtype: of the engine; ``auto`` for the checkpoint's.
+
+    Raises:
+        UserError: the GPU or the dtype is unknown.
+    """
+    found = find_by_part(hardware)
+    if found is None:
+        raise UserError(
+            f"--hardware {hardware}: no such GPU is known. Known ones are {', '.join(GPUS)}; a "
+            "word of the name is enough."
+        )
+    if dtype == "auto":
+        dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    if dtype not in NUM_BYTES:
+        raise UserError(f"--dtype {dtype}: the roofline knows {', '.join(NUM_BYTES)}. Give one.")
+    return Roofline(Shape.from_config(config), found[1], dtype)
+
+
+def design_cells(exit_layers: Sequence[int], num_speculative_tokens: Sequence[int]) -> list[Cell]:
+    """The cells to measure for a fit: the corners of the range, and one in the middle, whose
     error tells whether a step is as linear as the fit takes it to be."""
     es, ks = sorted(exit_layers), sorted(num_speculative_tokens)
     corners = itertools.product(dict.fromkeys((es[0], es[-1])), dict.fromkeys((ks[0], ks[-1])))

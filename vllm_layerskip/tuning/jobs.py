@@ -1,126 +1,109 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run jobs of ``worker.py``: a fresh process for each, its log beside the results."""
+"""Jobs that load a model, as they cross to the process or machine that does them."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from vllm_layerskip.errors import UserError
-from vllm_layerskip.evaluation.agreement import Agreement
-from vllm_layerskip.measuring.processes import logged_process
-from vllm_layerskip.tuning.cells import Row
-from vllm_layerskip.tuning.measure import CellJob
-
-_LOG_LINES = 12
+from vllm_layerskip.tuning.grid import Cell
 
 
-def worker_environment(device: str) -> dict[str, str]:
-    """Variables that must stand before vLLM is imported."""
-    defaults = {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if device == "cpu":
-        # The engine in the same process: nothing but its work is timed.
-        defaults |= {"TRITON_INTERPRET": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    return {name: os.environ.get(name, value) for name, value in defaults.items()}
+@dataclass(frozen=True)
+class EngineSettings:
+    """How the engines run; vLLM's defaults but for this."""
+
+    model: str
+    dtype: str = "auto"
+    device: str = "cuda"
+    max_model_len: int = 2048
+    enforce_eager: bool = False
+    draft_vocab: str | None = None
+    """``draft_vocab`` of the request; None leaves it to the checkpoint."""
+    kv_cache_memory_bytes: int | None = None
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of ``LLM``; they override the others."""
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of one engine."""
+        return int(self.engine_args.get("tensor_parallel_size", 1))
 
 
-def run_job(job: Mapping[str, Any], device: str, log: Path) -> Iterator[dict[str, Any]]:
-    """Results of a job, each as soon as its process has written it.
+@dataclass(frozen=True)
+class Workload:
+    """What the engines generate."""
 
-    Raises:
-        UserError: the process failed; the message ends with its log.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        job_path, output_path = Path(folder, "job.json"), Path(folder, "results.jsonl")
-        job_path.write_text(json.dumps(job), encoding="utf-8")
-        output_path.touch()
-        command = [sys.executable, "-m", "vllm_layerskip.tuning.worker"]
-        command += [str(job_path), str(output_path)]
-        with (
-            logged_process(command, log, worker_environment(device)) as process,
-            output_path.open(encoding="utf-8") as output,
-        ):
-            while True:
-                ended = _has_ended(process)
-                yield from _whole_lines(output)
-                if ended:
-                    break
-        if process.returncode != 0:
-            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
-            raise UserError(
-                f"a process that loads the model failed (status {process.returncode}); its log is "
-                f"{log} and ends with\n" + "\n".join(lines)
-            )
+    prompts: tuple[tuple[int, ...], ...]
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
+    batch_sizes: tuple[int, ...]
+    repeats: int
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Workload:
+        return cls(
+            prompts=tuple(map(tuple, values["prompts"])),
+            max_tokens=values["max_tokens"],
+            stop_token_ids=tuple(values["stop_token_ids"]),
+            batch_sizes=tuple(values["batch_sizes"]),
+            repeats=values["repeats"],
+        )
 
 
-def _has_ended(process: Any, patience_s: float = 0.5) -> bool:
-    import subprocess
+@dataclass(frozen=True)
+class CellJob:
+    """Cells (E, K) to measure one after another, an engine for each."""
 
-    try:
-        process.wait(timeout=patience_s)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
+    cells: tuple[Cell, ...]
+    engine: EngineSettings
+    workload: Workload
+    settings_digest: str
+    """What the measurements carry."""
 
+    def parts(self, num_cells: int) -> list[CellJob]:
+        """Jobs of at most ``num_cells`` cells each."""
+        starts = range(0, len(self.cells), num_cells)
+        return [replace(self, cells=self.cells[start : start + num_cells]) for start in starts]
 
-def _whole_lines(output: Any) -> Iterator[dict[str, Any]]:
-    while True:
-        start = output.tell()
-        line = output.readline()
-        if not line.endswith("\n"):
-            output.seek(start)
-            return
-        yield json.loads(line)
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
-
-def measure_in_processes(job: CellJob, cells_per_process: int, logs: Path) -> Iterator[Row]:
-    """Measure a job's cells, ``cells_per_process`` in each process, one process at a time."""
-    for start in range(0, len(job.cells), cells_per_process):
-        part = replace(job, cells=job.cells[start : start + cells_per_process])
-        name = "-".join(f"e{exit_layer}k{drafts}" for exit_layer, drafts in part.cells[:4])
-        request = {"kind": "cells", "job": part.to_dict()}
-        for values in run_job(request, job.engine.device, logs / f"{name}.log"):
-            yield Row(**values)
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CellJob:
+        return cls(
+            cells=tuple((exit_layer, num_drafts) for exit_layer, num_drafts in values["cells"]),
+            engine=EngineSettings(**values["engine"]),
+            workload=Workload.from_dict(values["workload"]),
+            settings_digest=values["settings_digest"],
+        )
 
 
-def agreement_in_process(
-    job: CellJob,
-    exit_layers: Sequence[int],
-    draft_vocab: Sequence[int] | None,
-    generator: str,
-    path: Path,
-    logs: Path,
-) -> Agreement:
-    """Agreement statistics of the job's prompts, kept in ``path``.
+@dataclass(frozen=True)
+class AgreementJob:
+    """Agreement statistics to make along a workload's greedy answers."""
 
-    Args:
-        generator: ``vllm`` or ``transformers``; what writes the greedy continuations.
-    """
-    request = agreement_request(job, exit_layers, draft_vocab, generator, path)
-    for _ in run_job(request, job.engine.device, logs / "agreement.log"):
-        pass
-    return Agreement.load(path)[0]
+    engine: EngineSettings
+    workload: Workload
+    settings_digest: str
+    """What the statistics carry."""
+    exit_layers: tuple[int, ...]
+    draft_vocab: tuple[int, ...] | None
+    generator: str
+    """``vllm`` or ``transformers``: what writes the greedy answers."""
 
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
-def agreement_request(
-    job: CellJob,
-    exit_layers: Sequence[int],
-    draft_vocab: Sequence[int] | None,
-    generator: str,
-    path: Path,
-) -> dict[str, Any]:
-    """The job of ``worker.py`` that writes agreement statistics to ``path``."""
-    return {
-        "kind": "agreement",
-        "job": job.to_dict(),
-        "exit_layers": list(exit_layers),
-        "draft_vocab": None if draft_vocab is None else list(draft_vocab),
-        "generator": generator,
-        "path": str(path),
-    }
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AgreementJob:
+        draft_vocab = values["draft_vocab"]
+        return cls(
+            engine=EngineSettings(**values["engine"]),
+            workload=Workload.from_dict(values["workload"]),
+            settings_digest=values["settings_digest"],
+            exit_layers=tuple(values["exit_layers"]),
+            draft_vocab=None if draft_vocab is None else tuple(draft_vocab),
+            generator=values["generator"],
+        )

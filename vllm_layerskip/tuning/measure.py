@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure cells in real engines: ``CellJob`` in, rows out.
+"""Measure cells in real engines: ``CellJob`` in, measurements out.
 
-``measure_cells`` is a function of its job alone. Locally ``processes`` call it through
-``worker.py``; it can as well be a task on another machine.
+``measure_cells`` depends on its job alone. On one machine ``process_jobs`` has a process of
+``worker.py`` call it, on a cluster ``ray_jobs`` a task.
 
-Only steady decoding is timed (``timing.py``): prompts run in groups of the batch size, each from
-the step in which all of its requests decode to the first request's end, so what is timed is what
-the costs and predictions speak of. Prompts come from the prefix cache, which one pass fills.
+Only steady decoding is timed (``timing.py``), since costs and predictions speak of nothing else.
+Prompts run in groups of the batch size; a group is timed from the step in which all of its requests
+decode to the first request's end. Prompts come from the prefix cache, which one pass fills.
 """
 
 from __future__ import annotations
@@ -14,89 +14,44 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_layerskip.measuring.timing import Window, run_steps, steady_window
-from vllm_layerskip.tuning.cells import PLAIN, Row, output_digest
+from vllm_layerskip.tuning.cells import Measurement, output_digest
+from vllm_layerskip.tuning.grid import PLAIN, Cell
+from vllm_layerskip.tuning.jobs import CellJob, EngineSettings, Workload
 
 if TYPE_CHECKING:
     from vllm import LLM
 
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """How the engines run; vLLM's defaults but for this."""
-
-    model: str
-    dtype: str = "auto"
-    device: str = "cuda"
-    max_model_len: int = 2048
-    enforce_eager: bool = False
-    draft_vocab: str | None = None
-    """``draft_vocab`` of the request; None leaves it to the checkpoint."""
-    kv_cache_memory_bytes: int | None = None
-    engine_args: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of ``LLM``; they go before the others."""
+Load = Workload  # Until tests/engine has the new name.
+Prompt = tuple[int, ...]
+"""Token ids."""
 
 
 @dataclass(frozen=True)
-class Load:
-    """What the engines generate."""
+class Run:
+    """Steady decoding of all prompts once: a window for each group."""
 
-    prompts: tuple[tuple[int, ...], ...]
-    max_tokens: int
-    stop_token_ids: tuple[int, ...]
-    batch_sizes: tuple[int, ...]
-    repeats: int
+    windows: tuple[Window, ...]
 
+    @property
+    def num_tokens(self) -> int:
+        return sum(window.num_tokens for window in self.windows)
 
-@dataclass(frozen=True)
-class CellJob:
-    """Cells (E, K) to measure one after another, an engine for each."""
+    @property
+    def num_steps(self) -> int:
+        return sum(window.num_steps for window in self.windows)
 
-    cells: tuple[tuple[int, int], ...]
-    engine: EngineSettings
-    load: Load
-    settings: str
-    """Digest that the rows carry."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> CellJob:
-        load = values["load"]
-        return cls(
-            cells=tuple((exit_layer, drafts) for exit_layer, drafts in values["cells"]),
-            engine=EngineSettings(**values["engine"]),
-            load=Load(
-                **{
-                    **load,
-                    "prompts": tuple(map(tuple, load["prompts"])),
-                    "stop_token_ids": tuple(load["stop_token_ids"]),
-                    "batch_sizes": tuple(load["batch_sizes"]),
-                }
-            ),
-            settings=values["settings"],
-        )
+    @property
+    def seconds(self) -> float:
+        return sum(window.seconds for window in self.windows)
 
 
-def engine_arguments(
-    engine: EngineSettings, cell: tuple[int, int], max_num_seqs: int
-) -> dict[str, Any]:
+def engine_arguments(engine: EngineSettings, cell: Cell, max_num_seqs: int) -> dict[str, Any]:
     """Arguments of ``LLM`` for a cell."""
-    speculative_config = None
-    if cell != PLAIN:
-        # Stated, so that neither the checkpoint's pair nor its schedule comes in.
-        speculative_config = {
-            "method": "layerskip",
-            "exit_layer": cell[0],
-            "num_speculative_tokens": cell[1],
-        }
-        if engine.draft_vocab is not None:
-            speculative_config["draft_vocab"] = engine.draft_vocab
     arguments: dict[str, Any] = {
         "model": engine.model,
         "dtype": engine.dtype,
@@ -105,23 +60,36 @@ def engine_arguments(
         "enforce_eager": engine.enforce_eager,
         "disable_log_stats": False,
         "seed": 0,
-        "speculative_config": speculative_config,
+        "speculative_config": None if cell == PLAIN else _speculative_config(engine, cell),
     }
     if engine.kv_cache_memory_bytes is not None:
         arguments["kv_cache_memory_bytes"] = engine.kv_cache_memory_bytes
     return arguments | dict(engine.engine_args)
 
 
-def measure_cells(job: CellJob) -> Iterator[Row]:
+def _speculative_config(engine: EngineSettings, cell: Cell) -> dict[str, Any]:
+    """E and K are stated, so that neither the checkpoint's pair nor its schedule is used."""
+    exit_layer, num_drafts = cell
+    config: dict[str, Any] = {
+        "method": "layerskip",
+        "exit_layer": exit_layer,
+        "num_speculative_tokens": num_drafts,
+    }
+    if engine.draft_vocab is not None:
+        config["draft_vocab"] = engine.draft_vocab
+    return config
+
+
+def measure_cells(job: CellJob) -> Iterator[Measurement]:
     """Start each cell's engine in this process and measure every batch size."""
     from vllm import LLM
 
     for cell in job.cells:
         start = time.perf_counter()
-        llm = LLM(**engine_arguments(job.engine, cell, max(job.load.batch_sizes)))
+        llm = LLM(**engine_arguments(job.engine, cell, max(job.workload.batch_sizes)))
         start_s = time.perf_counter() - start
-        run_steps(llm, job.load.prompts, max_tokens=1)  # Fills the prefix cache.
-        for batch_size in job.load.batch_sizes:
+        run_steps(llm, job.workload.prompts, max_tokens=1)  # Fills the prefix cache.
+        for batch_size in job.workload.batch_sizes:
             yield measure_batch_size(llm, cell, batch_size, job, start_s)
         llm.llm_engine.engine_core.shutdown()
         del llm
@@ -129,46 +97,47 @@ def measure_cells(job: CellJob) -> Iterator[Row]:
 
 
 def measure_batch_size(
-    llm: LLM, cell: tuple[int, int], batch_size: int, job: CellJob, start_s: float
-) -> Row:
+    llm: LLM, cell: Cell, batch_size: int, job: CellJob, start_s: float
+) -> Measurement:
     """Warm up, then decode all prompts ``repeats`` times, ``batch_size`` at once.
+
+    Args:
+        start_s: what the engine took to start.
 
     Raises:
         ValueError: every answer is too short for a step in which all requests decode.
     """
-    load, (_, num_drafts) = job.load, cell
-    groups = batch_groups(load.prompts, batch_size)
-    warm_up = min(load.max_tokens, 4 * (num_drafts + 1))
-    run_steps(llm, groups[0], warm_up, load.stop_token_ids)
+    workload, (exit_layer, num_drafts) = job.workload, cell
+    groups = batch_groups(workload.prompts, batch_size)
+    warm_up = min(workload.max_tokens, 4 * (num_drafts + 1))
+    run_steps(llm, groups[0], warm_up, workload.stop_token_ids)
     before = _counts(llm, cell)
     outputs: list[list[int]] = []
-    runs = [_run(llm, groups, load, outputs if run == 0 else None) for run in range(load.repeats)]
+    runs = [
+        _run(llm, groups, workload, outputs if number == 0 else None)
+        for number in range(workload.repeats)
+    ]
     num_seen, num_accepted = (b - a for a, b in zip(before, _counts(llm, cell), strict=True))
-    speeds = [sum(w.num_tokens for w in run) / sum(w.seconds for w in run) for run in runs]
-    steps = [sum(w.seconds for w in run) / sum(w.num_steps for w in run) for run in runs]
-    num_steps = sum(w.num_steps for w in runs[0])
-    return Row(
-        settings=job.settings,
-        exit_layer=cell[0],
+    speeds = [run.num_tokens / run.seconds for run in runs]
+    first = runs[0]
+    return Measurement(
+        settings_digest=job.settings_digest,
+        exit_layer=exit_layer,
         num_speculative_tokens=num_drafts,
         batch_size=batch_size,
         tokens_per_s=round(statistics.median(speeds), 3),
-        step_ms=round(1e3 * statistics.median(steps), 4),
-        acceptance_length=round(
-            sum(w.num_tokens for w in runs[0]) / (num_steps * batch_size), 4
-        ),
+        step_ms=round(1e3 * statistics.median(run.seconds / run.num_steps for run in runs), 4),
+        acceptance_length=round(first.num_tokens / (first.num_steps * batch_size), 4),
         num_drafts=num_seen,
         num_accepted_tokens=num_accepted,
-        num_steps=num_steps,
+        num_steps=first.num_steps,
         runs_tokens_per_s=" ".join(f"{speed:.2f}" for speed in speeds),
-        outputs=" ".join(output_digest(ids) for ids in outputs[: len(load.prompts)]),
+        outputs=" ".join(output_digest(ids) for ids in outputs[: len(workload.prompts)]),
         start_s=round(start_s, 2),
-    )  # fmt: skip
+    )
 
 
-def batch_groups(
-    prompts: Sequence[tuple[int, ...]], batch_size: int
-) -> list[list[tuple[int, ...]]]:
+def batch_groups(prompts: Sequence[Prompt], batch_size: int) -> list[list[Prompt]]:
     """All prompts in groups of ``batch_size``; the last one is filled up from the beginning."""
     num_groups = -(-len(prompts) // batch_size)
     filled = [prompts[i % len(prompts)] for i in range(num_groups * batch_size)]
@@ -177,13 +146,13 @@ def batch_groups(
 
 def _run(
     llm: LLM,
-    groups: Sequence[Sequence[tuple[int, ...]]],
-    load: Load,
+    groups: Sequence[Sequence[Prompt]],
+    workload: Workload,
     outputs: list[list[int]] | None,
-) -> list[Window]:
+) -> Run:
     windows = []
     for group in groups:
-        steps = run_steps(llm, group, load.max_tokens, load.stop_token_ids, outputs)
+        steps = run_steps(llm, group, workload.max_tokens, workload.stop_token_ids, outputs)
         try:
             windows.append(steady_window(steps, len(group)))
         except ValueError:
@@ -193,10 +162,11 @@ def _run(
             f"No answer of batch size {len(groups[0])} is long enough to be timed. Raise "
             "--max-tokens, lower --batch-sizes, or give prompts with longer answers."
         )
-    return windows
+    return Run(tuple(windows))
 
 
-def _counts(llm: LLM, cell: tuple[int, int]) -> tuple[int, int]:
+def _counts(llm: LLM, cell: Cell) -> tuple[int, int]:
+    """Drafts so far, and how many draft tokens were accepted."""
     if cell == PLAIN:
         return 0, 0
     from vllm_layerskip.metrics.counters import read_counters
@@ -205,20 +175,20 @@ def _counts(llm: LLM, cell: tuple[int, int]) -> tuple[int, int]:
     return counters.num_drafts, counters.num_accepted_tokens
 
 
-def generate(engine: EngineSettings, load: Load) -> list[list[int]]:
-    """Plain vLLM's greedy continuations of all prompts."""
+def generate(engine: EngineSettings, workload: Workload) -> list[list[int]]:
+    """Plain vLLM's greedy answers to all prompts."""
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
 
-    llm = LLM(**engine_arguments(engine, PLAIN, max(load.batch_sizes)))
+    llm = LLM(**engine_arguments(engine, PLAIN, max(workload.batch_sizes)))
     params = SamplingParams(
         temperature=0,
-        max_tokens=load.max_tokens,
+        max_tokens=workload.max_tokens,
         ignore_eos=True,
-        stop_token_ids=list(load.stop_token_ids),
+        stop_token_ids=list(workload.stop_token_ids),
         detokenize=False,
     )
-    inputs = [TokensPrompt(prompt_token_ids=list(ids)) for ids in load.prompts]
+    inputs = [TokensPrompt(prompt_token_ids=list(ids)) for ids in workload.prompts]
     answers = llm.generate(inputs, params, use_tqdm=False)
     llm.llm_engine.engine_core.shutdown()  # Another model is going to need its memory.
     return [list(answer.outputs[0].token_ids) for answer in answers]

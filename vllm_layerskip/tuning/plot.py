@@ -3,17 +3,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vllm_layerskip.tuning.grid import Cell, Grid
 from vllm_layerskip.tuning.tune import Result
 
-_MAX_SPREAD = 1.0
+_MAX_LIMIT = 1.0
 """Logarithm (base 2) of the speed-up at which colours end, so that small gains are seen."""
 _MAX_LABELLED = 16
 """Rows or columns up to which each field has its number."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Panel:
+    """What the map shows for one batch size."""
+
+    batch_size: int
+    grid: Grid
+    speedups: np.ndarray
+    """``[E, K]`` measured speed-ups where there are any, predicted ones else; NaN without both."""
+    measured: frozenset[Cell]
+    star: Cell | None
+    """The best pair of the chosen E."""
+
+    def position(self, cell: Cell) -> tuple[int, int]:
+        return _position(self.grid, cell)
+
+    @property
+    def is_labelled(self) -> bool:
+        return max(self.speedups.shape) <= _MAX_LABELLED
 
 
 def draw_map(result: Result, path: Path) -> None:
@@ -26,31 +49,17 @@ def draw_map(result: Result, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.colors import TwoSlopeNorm
 
-    grid = result.grid
-    values = {size: _values(result, size) for size in grid.batch_sizes}
-    spread = max(float(np.nanmax(np.abs(np.log2(v)))) for v in values.values()) or 0.1
-    spread = min(spread, _MAX_SPREAD)
-    norm = TwoSlopeNorm(0.0, -spread, spread)
-    num_panels = len(grid.batch_sizes)
-    width = 1.6 + max(len(grid.num_speculative_tokens) * 0.55, 3.2) * num_panels
-    height = 1.5 + max(len(grid.exit_layers) * 0.32, 2.4)
+    panels = [_panel(result, batch_size) for batch_size in result.grid.batch_sizes]
     figure, axes = plt.subplots(
-        1, num_panels, figsize=(width, height), squeeze=False, sharey=True, layout="constrained"
-    )
-    for axis, size in zip(axes[0], grid.batch_sizes, strict=True):
-        image = axis.imshow(
-            np.log2(values[size]), cmap="RdBu_r", norm=norm, origin="lower", aspect="auto"
-        )
-        _label(axis, result, size, values[size], spread)
-        axis.set_title(f"batch size {size}")
-        axis.set_xlabel("drafts K")
+        1, len(panels), figsize=_size(result.grid), squeeze=False, sharey=True,
+        layout="constrained",
+    )  # fmt: skip
+    limit = _limit(panels)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        image = _draw(axis, panel, limit)
     axes[0][0].set_ylabel("exit layer E")
-    bar = figure.colorbar(image, ax=axes, shrink=0.9, extend="both")
-    ticks = [spread * part for part in (-1, -0.5, 0, 0.5, 1)]
-    bar.set_ticks(ticks, labels=[f"{2**tick:.2f}" for tick in ticks])
-    bar.set_label("speed-up over plain decoding")
+    _add_colour_bar(figure, image, axes, limit)
     figure.suptitle(
         "Predicted speed-up; bold in a frame: measured; star: what was chosen",
         fontsize="medium",
@@ -59,52 +68,86 @@ def draw_map(result: Result, path: Path) -> None:
     plt.close(figure)
 
 
-def _values(result: Result, batch_size: int) -> np.ndarray:
-    """``[E, K]`` measured speed-ups where there are any, predicted ones else."""
+def _size(grid: Grid) -> tuple[float, float]:
+    """Width and height in inches."""
+    width = 1.6 + max(len(grid.num_speculative_tokens) * 0.55, 3.2) * len(grid.batch_sizes)
+    return width, 1.5 + max(len(grid.exit_layers) * 0.32, 2.4)
+
+
+def _limit(panels: list[_Panel]) -> float:
+    """Logarithm (base 2) of the speed-up at which colours end."""
+    largest = max(float(np.nanmax(np.abs(np.log2(panel.speedups)))) for panel in panels)
+    return min(largest or 0.1, _MAX_LIMIT)
+
+
+def _panel(result: Result, batch_size: int) -> _Panel:
     grid = result.grid
-    values = np.full((len(grid.exit_layers), len(grid.num_speculative_tokens)), np.nan)
-    for p in result.predictions:
-        if p.batch_size == batch_size:
-            cell = (p.exit_layer, p.num_speculative_tokens)
-            values[_index(result, cell)] = p.speedup
-    for (exit_layer, drafts, size), speedup in result.measured_speedups.items():
-        if size == batch_size:
-            values[_index(result, (exit_layer, drafts))] = speedup
-    return values
+    predicted = {p.cell: p.speedup for p in result.predictions if p.batch_size == batch_size}
+    measured = {
+        (e, k): speedup
+        for (e, k, size), speedup in result.measured_speedups.items()
+        if size == batch_size
+    }
+    speedups = np.full((len(grid.exit_layers), len(grid.num_speculative_tokens)), np.nan)
+    for cell, speedup in (predicted | measured).items():
+        speedups[_position(grid, cell)] = speedup
+    star = _star(result, measured or predicted)
+    return _Panel(batch_size, grid, speedups, frozenset(measured), star)
 
 
-def _index(result: Result, cell: tuple[int, int]) -> tuple[int, int]:
-    grid = result.grid
-    return grid.exit_layers.index(cell[0]), grid.num_speculative_tokens.index(cell[1])
+def _position(grid: Grid, cell: Cell) -> tuple[int, int]:
+    exit_layer, num_drafts = cell
+    return grid.exit_layers.index(exit_layer), grid.num_speculative_tokens.index(num_drafts)
 
 
-def _label(axis: Any, result: Result, batch_size: int, values: np.ndarray, spread: float) -> None:
-    from matplotlib.patches import Rectangle
-
-    grid = result.grid
-    measured = {cell[:2] for cell in result.measured_speedups if cell[2] == batch_size}
-    numbered = max(values.shape) <= _MAX_LABELLED
+def _star(result: Result, speedups: Mapping[Cell, float]) -> Cell | None:
+    """The chosen E with its best K, unless its schedule drafts nothing at this batch size."""
     chosen = result.choice.exit_layer
-    of_chosen = {k: values[_index(result, (chosen, k))] for k in grid.num_speculative_tokens
-                 if not measured or (chosen, k) in measured}  # fmt: skip
-    best = max(of_chosen, key=lambda k: of_chosen[k]) if of_chosen else None
-    if best is not None and result.choice.pays and not of_chosen[best] > 1:
-        best = None  # At this batch size nothing is drafted.
-    for exit_layer in grid.exit_layers:
-        for drafts in grid.num_speculative_tokens:
-            cell = (exit_layer, drafts)
-            row, column = _index(result, cell)
-            value = values[row, column]
-            if cell in measured:
-                box = (column - 0.5, row - 0.5)
-                axis.add_patch(Rectangle(box, 1, 1, fill=False, edgecolor="black", linewidth=1.2))
-            star = "★" if cell == (chosen, best) else ""
-            text = f"{value:.2f}{star}" if numbered and not np.isnan(value) else star
-            dark = not np.isnan(value) and abs(np.log2(value)) > 0.6 * spread
-            axis.text(
-                column, row, text, ha="center", va="center", fontsize=7,
-                color="white" if dark else "black",
-                fontweight="bold" if cell in measured else "normal",
-            )  # fmt: skip
+    cells = [(chosen, k) for k in result.grid.num_speculative_tokens if (chosen, k) in speedups]
+    best = max(cells, key=lambda cell: speedups[cell], default=None)
+    if best is not None and result.choice.pays and not speedups[best] > 1:
+        return None
+    return best
+
+
+def _draw(axis: Any, panel: _Panel, limit: float) -> Any:
+    from matplotlib.colors import TwoSlopeNorm
+
+    grid = panel.grid
+    image = axis.imshow(
+        np.log2(panel.speedups), cmap="RdBu_r", norm=TwoSlopeNorm(0.0, -limit, limit),
+        origin="lower", aspect="auto",
+    )  # fmt: skip
+    for cell in grid.cells:
+        _label(axis, panel, cell, limit)
     axis.set_xticks(range(len(grid.num_speculative_tokens)), grid.num_speculative_tokens)
     axis.set_yticks(range(len(grid.exit_layers)), grid.exit_layers)
+    axis.set_title(f"batch size {panel.batch_size}")
+    axis.set_xlabel("drafts K")
+    return image
+
+
+def _label(axis: Any, panel: _Panel, cell: Cell, limit: float) -> None:
+    """Write the field's number, and frame it if it was measured."""
+    from matplotlib.patches import Rectangle
+
+    row, column = panel.position(cell)
+    speedup = panel.speedups[row, column]
+    if cell in panel.measured:
+        corner = (column - 0.5, row - 0.5)
+        axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="black", linewidth=1.2))
+    star = "★" if cell == panel.star else ""
+    text = f"{speedup:.2f}{star}" if panel.is_labelled and not np.isnan(speedup) else star
+    is_dark = not np.isnan(speedup) and abs(np.log2(speedup)) > 0.6 * limit
+    axis.text(
+        column, row, text, ha="center", va="center", fontsize=7,
+        color="white" if is_dark else "black",
+        fontweight="bold" if cell in panel.measured else "normal",
+    )  # fmt: skip
+
+
+def _add_colour_bar(figure: Any, image: Any, axes: Any, limit: float) -> None:
+    bar = figure.colorbar(image, ax=axes, shrink=0.9, extend="both")
+    ticks = [limit * part for part in (-1, -0.5, 0, 0.5, 1)]
+    bar.set_ticks(ticks, labels=[f"{2**tick:.2f}" for tick in ticks])
+    bar.set_label("speed-up over plain decoding")

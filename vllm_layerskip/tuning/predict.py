@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predicted speed of every (E, K): acceptance length times what a step saves.
+"""Predicted speed of every (E, K), from its acceptance length and what its step costs.
 
 tokens/s = B * acceptance length(E, K) / step(E, K, B)
 speed-up = acceptance length(E, K) * plain step(B) / step(E, K, B)
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from vllm_layerskip.evaluation.agreement import Agreement
 from vllm_layerskip.tuning.costs import Costs
+from vllm_layerskip.tuning.grid import Cell
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,12 @@ class Prediction:
     speedup: float
 
     @property
+    def cell(self) -> Cell:
+        return self.exit_layer, self.num_speculative_tokens
+
+    @property
     def tokens_per_s(self) -> float:
-        """Of all requests together."""
+        """Tokens a second of all requests together."""
         return self.batch_size * self.acceptance_length / self.step_s
 
 
@@ -38,21 +43,23 @@ def predict(
     num_speculative_tokens: Sequence[int],
     batch_sizes: Sequence[int],
 ) -> list[Prediction]:
-    """Every exit layer of ``agreement`` with every K and batch size.
+    """Predictions for every exit layer of ``agreement``, every K and every batch size.
 
-    A K is left out where no continuation is long enough for one step of it.
+    A K is left out where no answer is long enough for one step of it.
     """
-    lengths = agreement.acceptance_lengths(max(num_speculative_tokens))
-    predictions = []
-    for index, exit_layer in enumerate(agreement.exit_layers):
-        for num_drafts in num_speculative_tokens:
-            length = float(lengths[index, num_drafts - 1])
-            if math.isnan(length):
-                continue
-            for batch_size in batch_sizes:
-                step_s = costs.step_s(exit_layer, num_drafts, batch_size)
-                speedup = length * costs.plain_s(batch_size) / step_s
-                predictions.append(
-                    Prediction(exit_layer, num_drafts, batch_size, length, step_s, speedup)
-                )
-    return predictions
+    lengths = agreement.acceptance_lengths(max(num_speculative_tokens))  # [X, K]
+    return [
+        _prediction(exit_layer, num_drafts, batch_size, float(row[num_drafts - 1]), costs)
+        for exit_layer, row in zip(agreement.exit_layers, lengths, strict=True)
+        for num_drafts in num_speculative_tokens
+        if not math.isnan(row[num_drafts - 1])
+        for batch_size in batch_sizes
+    ]
+
+
+def _prediction(
+    exit_layer: int, num_drafts: int, batch_size: int, acceptance_length: float, costs: Costs
+) -> Prediction:
+    step_s = costs.step_s(exit_layer, num_drafts, batch_size)
+    speedup = acceptance_length * costs.plain_s(batch_size) / step_s
+    return Prediction(exit_layer, num_drafts, batch_size, acceptance_length, step_s, speedup)

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllm_layerskip.errors import UserError
+from vllm_layerskip.files.jsonl import is_text, json_value
+from vllm_layerskip.files.tokenizers import load_tokenizer, stop_token_ids
 
 TEXT_KEYS = ("prompt", "text")
 _JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
@@ -26,9 +27,9 @@ class Prompt:
 def read_prompts(path: Path, option: str = "--prompts") -> list[Prompt]:
     """The prompts of a file.
 
-    Of a ``.jsonl`` file each line is a string, an object with ``prompt`` or ``text``, or one with
+    Each line of a ``.jsonl`` file is a string, an object with ``prompt`` or ``text``, or one with
     ``turns`` as Spec-Bench has it (``question_id``, ``category``, ``turns``), of which the first
-    turn counts. Of any other file each line is a prompt.
+    turn counts. Each line of any other file is a prompt.
 
     Raises:
         UserError: there is no such file, it is no text, or it holds no prompt.
@@ -53,29 +54,30 @@ def read_prompts(path: Path, option: str = "--prompts") -> list[Prompt]:
 
 def _json_prompt(line: str, where: str) -> Prompt:
     try:
-        record = json.loads(line)
-    except ValueError as error:
+        record = json_value(line, where)
+    except UserError as error:
         raise UserError(
-            f"{where}: this is no JSON ({error}). Each line must be a JSON string or object; call "
-            "a file of plain lines .txt."
+            f"{error} Each line must be a JSON string or object; call a file of plain lines .txt."
         ) from None
-    if isinstance(record, str) and record.strip():
-        return Prompt(record)
+    texts, category = [record], None
     if isinstance(record, dict):
-        turns = record.get("turns")
-        texts = [turns[0] if isinstance(turns, list) and turns else None]
-        texts += [record.get(key) for key in TEXT_KEYS]
+        texts = [_first_turn(record), *(record.get(key) for key in TEXT_KEYS)]
         category = record.get("category")
-        for text in texts:
-            if isinstance(text, str) and text.strip():
-                return Prompt(text, category if isinstance(category, str) else None)
+    for text in filter(is_text, texts):
+        return Prompt(text, category if isinstance(category, str) else None)
     raise UserError(
         f"{where}: there is no prompt. Each line must be a JSON string, or an object with the text "
         "in 'prompt' or 'text', or in 'turns' as Spec-Bench has it."
     )
 
 
-def spread(prompts: Sequence[Prompt], num_prompts: int) -> list[Prompt]:
+def _first_turn(record: Mapping[str, Any]) -> Any:
+    """Later turns do not matter here, so they are not checked (``jsonl.turns_of`` does)."""
+    turns = record.get("turns")
+    return turns[0] if isinstance(turns, list) and turns else None
+
+
+def evenly_spaced(prompts: Sequence[Prompt], num_prompts: int) -> list[Prompt]:
     """``num_prompts`` of them at equal distances, so that each part of a file has its share."""
     num_prompts = min(num_prompts, len(prompts))
     return [prompts[index * len(prompts) // num_prompts] for index in range(num_prompts)]
@@ -89,7 +91,15 @@ class EncodedPrompts:
     categories: tuple[str | None, ...]
     num_too_long: int
     stop_token_ids: tuple[int, ...]
-    """What ends the model's answers."""
+    """Tokens that end the model's answers."""
+
+    @property
+    def longest(self) -> int:
+        return max(map(len, self.token_ids))
+
+    @property
+    def mean_length(self) -> float:
+        return sum(map(len, self.token_ids)) / len(self.token_ids)
 
 
 def encode_prompts(
@@ -103,7 +113,7 @@ def encode_prompts(
     Raises:
         UserError: the model has no tokenizer or chat template, or every prompt is too long.
     """
-    tokenizer, stop_token_ids = _load_tokenizer(model)
+    tokenizer = load_tokenizer(model, "--model")
     if chat and not tokenizer.chat_template:
         raise UserError(
             f"--chat: the tokenizer of {model} has no chat template. Leave --chat out, or use an "
@@ -121,7 +131,7 @@ def encode_prompts(
         token_ids=tuple(tuple(encoded[i]) for i in kept),
         categories=tuple(prompts[i].category for i in kept),
         num_too_long=len(encoded) - len(kept),
-        stop_token_ids=stop_token_ids,
+        stop_token_ids=_stop_token_ids(model, tokenizer),
     )
 
 
@@ -133,21 +143,7 @@ def _encode(tokenizer: Any, text: str, chat: bool) -> list[int]:
     return list(tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"])
 
 
-def _load_tokenizer(model: str) -> tuple[Any, tuple[int, ...]]:
-    from transformers import AutoTokenizer, GenerationConfig
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"--model {model}: its tokenizer could not be read ({reason}). Give a folder with the "
-            "tokenizer's files, or a name on the model hub."
-        ) from None
-    try:
-        ends = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:
-        ends = None
-    ids = set(ends) if isinstance(ends, list) else {ends}
-    ids.add(tokenizer.eos_token_id)
-    return tokenizer, tuple(sorted(token for token in ids if token is not None))
+def _stop_token_ids(model: str, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end answers by the generation config or the tokenizer."""
+    ids = {*stop_token_ids(model, None), tokenizer.eos_token_id}
+    return tuple(sorted(ids - {None}))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run jobs of ``worker.py`` as Ray tasks: what ``jobs.py`` does in processes, over a cluster.
+"""Run jobs of ``worker.py`` as Ray tasks over a cluster; ``process_jobs`` runs them in processes.
 
 Cells are compared with each other and with plain decoding, so all of them must come from equal
 machines: tasks go to nodes of one accelerator type, and each says what it ran on. A process serves
@@ -17,16 +17,18 @@ from typing import Any
 
 from vllm_layerskip.errors import UserError
 from vllm_layerskip.evaluation.agreement import Agreement
-from vllm_layerskip.tuning.cells import Row
-from vllm_layerskip.tuning.jobs import agreement_request, worker_environment
-from vllm_layerskip.tuning.measure import CellJob
+from vllm_layerskip.files.whole import whole_file
+from vllm_layerskip.tuning.cells import Measurement
+from vllm_layerskip.tuning.jobs import AgreementJob, CellJob
+from vllm_layerskip.tuning.process_jobs import worker_environment
+from vllm_layerskip.tuning.settings import RaySettings
 
 _TYPE_PREFIX = "accelerator_type:"
 _NUM_RETRIES = 2
 
 
 @dataclass(frozen=True)
-class Cluster:
+class RayNodes:
     """The equal nodes that measure."""
 
     device: str
@@ -37,7 +39,7 @@ class Cluster:
     cpus_per_task: float = 1
 
     def task_options(self, num_gpus: int) -> dict[str, Any]:
-        """Ray's options of a task whose engine has so many GPUs."""
+        """Ray's options for a task whose engine has ``num_gpus`` GPUs."""
         options: dict[str, Any] = {
             "max_calls": 1,
             "max_retries": _NUM_RETRIES,
@@ -51,11 +53,10 @@ class Cluster:
         return options
 
 
-def connect(address: str | None, device: str | None, accelerator_type: str | None) -> Cluster:
+def connect(settings: RaySettings, device: str | None) -> RayNodes:
     """Join a Ray cluster, or start one on this machine, and see what it consists of.
 
     Args:
-        address: None for this machine, or the cluster that ``RAY_ADDRESS`` names.
         device: None for ``cuda`` if there are GPUs.
 
     Raises:
@@ -68,20 +69,26 @@ def connect(address: str | None, device: str | None, accelerator_type: str | Non
             "--ray: Ray is not installed. Install the extra: pip install 'vllm-layerskip[ray]'"
         ) from None
     try:
-        ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
+        ray.init(address=settings.address, ignore_reinit_error=True, log_to_driver=False)
     except (ConnectionError, ValueError) as error:
-        raise UserError(f"--ray-address {address}: {error}") from None
+        raise UserError(f"--ray-address {settings.address}: {error}") from None
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = _equal_nodes(resources, device, settings.accelerator_type)
+    # The driver's own machine may have no GPU, or another one.
+    facts = ray.get(ray.remote(**nodes.task_options(1))(_facts).remote())
+    return replace(nodes, machine=facts["machine"])
+
+
+def _equal_nodes(
+    resources: Sequence[Mapping[str, float]], device: str | None, accelerator_type: str | None
+) -> RayNodes:
+    """The nodes to use, whose machine is not known yet."""
     with_gpus = [node for node in resources if node.get("GPU", 0) >= 1]
     device = device or ("cuda" if with_gpus else "cpu")
-    if device == "cpu":
-        cpus_per_task = min(node["CPU"] for node in resources if node.get("CPU", 0) >= 1)
-        cluster = Cluster("cpu", "", cpus_per_task=cpus_per_task)
-    else:
-        cluster = Cluster("cuda", "", one_type(with_gpus, accelerator_type))
-    # The driver's own machine may have no GPU, or another one.
-    facts = ray.get(ray.remote(**cluster.task_options(1))(_facts).remote())
-    return replace(cluster, machine=facts["machine"])
+    if device != "cpu":
+        return RayNodes("cuda", "", one_type(with_gpus, accelerator_type))
+    cpus_per_task = min(node["CPU"] for node in resources if node.get("CPU", 0) >= 1)
+    return RayNodes("cpu", "", cpus_per_task=cpus_per_task)
 
 
 def one_type(nodes: Sequence[Mapping[str, float]], wanted: str | None) -> str | None:
@@ -93,18 +100,12 @@ def one_type(nodes: Sequence[Mapping[str, float]], wanted: str | None) -> str | 
     Raises:
         UserError: there is none of the wanted type, or several types to choose from.
     """
-    types = sorted(
-        {
-            name.removeprefix(_TYPE_PREFIX)
-            for node in nodes
-            for name in node
-            if name.startswith(_TYPE_PREFIX)
-        }
-    )
     if not nodes:
         raise UserError(
             "--ray: the cluster has no GPUs. Use another --ray-address, or --device cpu."
         )
+    names = {name for node in nodes for name in node if name.startswith(_TYPE_PREFIX)}
+    types = sorted(name.removeprefix(_TYPE_PREFIX) for name in names)
     if wanted is not None:
         if wanted not in types:
             raise UserError(
@@ -121,30 +122,31 @@ def one_type(nodes: Sequence[Mapping[str, float]], wanted: str | None) -> str | 
 
 
 def measure_on_cluster(
-    job: CellJob, cells_per_task: int, cluster: Cluster, identity: Mapping[str, Any]
-) -> Iterator[Row]:
-    """Measure a job's cells, ``cells_per_task`` in each task, rows as tasks end.
+    job: CellJob, cells_per_task: int, nodes: RayNodes, identity: Mapping[str, Any]
+) -> Iterator[Measurement]:
+    """Measure a job's cells, ``cells_per_task`` in each task; measurements come as tasks end.
 
     Args:
-        identity: what all rows depend on; tasks must agree with its machine, versions and code.
+        identity: what all measurements depend on; tasks must agree with its machine, versions and
+            code.
 
     Raises:
         UserError: a task failed, or ran on something else.
     """
     import ray
 
-    num_gpus = int(job.engine.engine_args.get("tensor_parallel_size", 1))
-    task = ray.remote(**cluster.task_options(num_gpus))(_work)
-    cells_of: dict[Any, tuple[tuple[int, int], ...]] = {}
-    for start in range(0, len(job.cells), cells_per_task):
-        part = replace(job, cells=job.cells[start : start + cells_per_task])
-        cells_of[task.remote({"kind": "cells", "job": part.to_dict()})] = part.cells
+    task = ray.remote(**nodes.task_options(job.engine.num_gpus))(_work)
+    parts = {
+        task.remote({"kind": "cells", "job": part.to_dict()}): part
+        for part in job.parts(cells_per_task)
+    }
     try:
-        for reference in _as_they_end(cells_of):
-            cells = ", ".join(f"E={e} K={k}" for e, k in cells_of[reference])
-            yield from (Row(**values) for values in _result(reference, cells, identity))
+        for reference in _as_they_end(parts):
+            cells = ", ".join(f"E={e} K={k}" for e, k in parts[reference].cells)
+            results = _result(reference, cells, identity)[0]
+            yield from map(Measurement.from_dict, results)
     finally:
-        for reference in cells_of:
+        for reference in parts:
             ray.cancel(reference, force=True)
 
 
@@ -157,11 +159,14 @@ def _as_they_end(references: Iterable[Any]) -> Iterator[Any]:
         yield ended
 
 
-def _result(reference: Any, what: str, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _result(
+    reference: Any, what: str, identity: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], bytes]:
+    """Results of a task, and the file that it wrote, if any."""
     import ray
 
     try:
-        facts, results, _ = ray.get(reference)
+        facts, results, content = ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         raise UserError(f"--ray: {what} failed on the cluster: {error.cause!r}") from None
     except ray.exceptions.RayError as error:
@@ -169,11 +174,11 @@ def _result(reference: Any, what: str, identity: Mapping[str, Any]) -> list[dict
             f"--ray: {what} failed on the cluster, {1 + _NUM_RETRIES} times: {error}"
         ) from None
     check_facts(facts, identity, what)
-    return results
+    return results, content
 
 
 def check_facts(facts: Mapping[str, Any], identity: Mapping[str, Any], what: str) -> None:
-    """See that a task ran on what its rows say.
+    """Check that a task ran on what its measurements say.
 
     Raises:
         UserError: it did not.
@@ -188,23 +193,16 @@ def check_facts(facts: Mapping[str, Any], identity: Mapping[str, Any], what: str
 
 
 def agreement_on_cluster(
-    job: CellJob,
-    exit_layers: Sequence[int],
-    draft_vocab: Sequence[int] | None,
-    generator: str,
-    path: Path,
-    cluster: Cluster,
-    identity: Mapping[str, Any],
+    job: AgreementJob, path: Path, nodes: RayNodes, identity: Mapping[str, Any]
 ) -> Agreement:
-    """``jobs.agreement_in_process`` on a node of the cluster."""
+    """Agreement statistics, made on a node of the cluster and kept in ``path`` here."""
     import ray
 
-    num_gpus = int(job.engine.engine_args.get("tensor_parallel_size", 1))
-    request = agreement_request(job, exit_layers, draft_vocab, generator, Path("agreement.npz"))
-    task = ray.remote(**cluster.task_options(num_gpus))(_work)
-    reference = task.remote(request)
-    _result(reference, "the agreement pass", identity)
-    path.write_bytes(ray.get(reference)[2])
+    task = ray.remote(**nodes.task_options(job.engine.num_gpus))(_work)
+    request = {"kind": "agreement", "job": job.to_dict(), "path": path.name}
+    content = _result(task.remote(request), "the agreement pass", identity)[1]
+    with whole_file(path) as draft:
+        draft.write_bytes(content)
     return Agreement.load(path)[0]
 
 
@@ -221,8 +219,7 @@ def _work(request: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]
 
 
 def _facts() -> dict[str, Any]:
-    from vllm_layerskip.measuring.hardware import gpu_info
-    from vllm_layerskip.measuring.provenance import code_digest, cpu_model, versions
+    from vllm_layerskip.measuring.provenance import code_digest, versions
+    from vllm_layerskip.tuning.identity import this_machine
 
-    machine = (gpu_info() or {}).get("name") or cpu_model()
-    return {"machine": machine, "versions": versions(), "code": code_digest()}
+    return {"machine": this_machine(), "versions": versions(), "code": code_digest()}

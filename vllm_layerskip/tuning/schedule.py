@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One exit layer, and K by batch size, out of speed-ups.
+"""Choose one exit layer, and K by batch size, by speed-ups.
 
 An engine has one E and lets K fall as its batch grows, down to 0, which is plain decoding. So
-the choice is the E whose best K at each batch size, or none, gives the most over all of them.
+the choice is the E with the best mean speed-up if each batch size has its best K, or 0.
 """
 
 from __future__ import annotations
@@ -10,6 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from vllm_layerskip.config.options import SCHEDULE
+from vllm_layerskip.tuning.grid import Cell
 
 Speedups = Mapping[tuple[int, int, int], float]
 """Speed-up over plain decoding by (E, K, batch size)."""
@@ -23,7 +27,7 @@ class Choice:
     num_speculative_tokens: int
     schedule: tuple[tuple[int, int, int], ...]
     """``(first batch size, last batch size, K)``, vLLM's ``num_speculative_tokens_per_batch_size``.
-    Beyond its end vLLM goes on with its last K."""
+    After its end vLLM goes on with the last K."""
     speedups: Mapping[int, float]
     """By batch size; 1 where nothing is drafted."""
 
@@ -32,12 +36,20 @@ class Choice:
         """Whether there is a batch size at which drafting is faster than plain decoding."""
         return any(num_drafts for _, _, num_drafts in self.schedule)
 
+    def to_dict(self) -> dict[str, Any]:
+        """E, K and the schedule, by their names in config.json."""
+        return {
+            "exit_layer": self.exit_layer,
+            "num_speculative_tokens": self.num_speculative_tokens,
+            SCHEDULE: [list(entry) for entry in self.schedule],
+        }
+
 
 def choose(speedups: Speedups) -> Choice:
     """The exit layer with the largest mean speed-up (geometric, over the batch sizes), and its K.
 
-    If drafting pays nowhere, the schedule says so, and E and K are those that lose the least:
-    what a user gets who sets them all the same. Of equals the smaller E and K win.
+    If drafting pays nowhere, the schedule has 0 drafts, and E and K are those that lose the least,
+    for a user who drafts all the same. Of equals the smaller E and K win.
 
     Raises:
         ValueError: there are no speed-ups.
@@ -64,6 +76,7 @@ def choose(speedups: Speedups) -> Choice:
 
 
 def _best(speedups: Speedups, exit_layer: int, batch_size: int) -> tuple[int, float]:
+    """The fastest K of an exit layer, and its speed-up."""
     values = {
         k: value for (e, k, b), value in speedups.items() if (e, b) == (exit_layer, batch_size)
     }
@@ -78,10 +91,10 @@ def _log_mean(values: Sequence[float]) -> float:
 
 
 def make_schedule(num_drafts: Mapping[int, int]) -> tuple[tuple[int, int, int], ...]:
-    """A schedule out of K by measured batch size.
+    """The schedule for K by measured batch size.
 
-    Batches between two of them get the larger one's K: what drafting gains falls with the batch,
-    so that is the careful side.
+    Batches between two of them get the larger one's K: drafting gains less in larger batches, so
+    that is the careful side.
     """
     ranges: list[tuple[int, int, int]] = []
     first = 1
@@ -95,20 +108,26 @@ def make_schedule(num_drafts: Mapping[int, int]) -> tuple[tuple[int, int, int], 
     return tuple(ranges)
 
 
-def candidates(speedups: Speedups) -> list[tuple[int, int]]:
-    """All (E, K) in the order in which they are worth measuring: the chosen E's with its Ks,
-    then those that come closest to the best of any batch size."""
-    choice = choose(speedups)
-    wanted = {
-        (choice.exit_layer, _best(speedups, choice.exit_layer, batch_size)[0]): None
-        for _, _, batch_size in sorted(speedups, key=lambda cell: cell[2])
-    }
-    best: dict[int, float] = {}
-    for (_, _, batch_size), value in speedups.items():
-        best[batch_size] = max(best.get(batch_size, 0.0), value)
-    closeness: dict[tuple[int, int], float] = {}
-    for (exit_layer, drafts, batch_size), value in speedups.items():
-        cell = (exit_layer, drafts)
-        closeness[cell] = max(closeness.get(cell, 0.0), value / best[batch_size])
+def candidates(speedups: Speedups) -> list[Cell]:
+    """All cells in the order in which they are worth measuring.
+
+    The chosen E with its Ks comes first, then what is closest to the best of any batch size.
+    """
+    exit_layer = choose(speedups).exit_layer
+    batch_sizes = sorted({batch_size for _, _, batch_size in speedups})
+    wanted = [(exit_layer, _best(speedups, exit_layer, size)[0]) for size in batch_sizes]
+    closeness = _closeness(speedups)
     ranked = sorted(closeness, key=lambda cell: (-closeness[cell], cell))
     return list(dict.fromkeys([*wanted, *ranked]))
+
+
+def _closeness(speedups: Speedups) -> dict[Cell, float]:
+    """Each cell's share of the best speed-up, at the batch size where it is largest."""
+    best: dict[int, float] = {}
+    for (_, _, batch_size), speedup in speedups.items():
+        best[batch_size] = max(best.get(batch_size, 0.0), speedup)
+    closeness: dict[Cell, float] = {}
+    for (exit_layer, num_drafts, batch_size), speedup in speedups.items():
+        cell = (exit_layer, num_drafts)
+        closeness[cell] = max(closeness.get(cell, 0.0), speedup / best[batch_size])
+    return closeness

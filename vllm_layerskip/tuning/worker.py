@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process of its own for whatever loads a model: ``python -m ....worker JOB OUTPUT``.
+"""A process of its own for whatever loads a model: ``python -m ....worker REQUEST OUTPUT``.
 
-The job is a JSON file; the output has a JSON line for each result, as soon as it is there:
+The request is a JSON file; the output has a JSON line for each result, as soon as it is there:
 
 =========  ================================================================================
-cells      ``CellJob``; each line is a row
-agreement  the statistics go to the ``path`` that the job names; the one line says so. The
-           continuations come from vLLM or from transformers, as the job's ``generator`` says
+cells      the request's ``job`` is a ``CellJob``; each line is a measurement
+agreement  it is an ``AgreementJob``; the statistics go to the request's ``path``, and the one
+           line says how many tokens they are of
 =========  ================================================================================
 """
 
@@ -16,25 +16,25 @@ import gc
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vllm_layerskip.tuning.measure import CellJob, EngineSettings, generate, measure_cells
+from vllm_layerskip.tuning.jobs import AgreementJob, CellJob, EngineSettings
+from vllm_layerskip.tuning.measure import generate, measure_cells
 
 
-def results(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Do a job."""
-    if job["kind"] == "cells":
-        yield from (asdict(row) for row in measure_cells(CellJob.from_dict(job["job"])))
+def results(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Do what a request asks for."""
+    if request["kind"] == "cells":
+        for measurement in measure_cells(CellJob.from_dict(request["job"])):
+            yield measurement.to_dict()
     else:
-        yield _agreement(job)
+        yield _agreement(AgreementJob.from_dict(request["job"]), Path(request["path"]))
 
 
-def _agreement(job: Mapping[str, Any]) -> dict[str, Any]:
-    cells = CellJob.from_dict(job["job"])
-    load, engine = cells.load, cells.engine
-    continuations = generate(engine, load) if job["generator"] == "vllm" else None
+def _agreement(job: AgreementJob, path: Path) -> dict[str, Any]:
+    workload, engine = job.workload, job.engine
+    answers = generate(engine, workload) if job.generator == "vllm" else None
     gc.collect()
     import torch
 
@@ -44,12 +44,11 @@ def _agreement(job: Mapping[str, Any]) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     model = _load_model(engine, device)
-    if continuations is None:
-        continuations = generate_greedily(model, load.prompts, load.max_tokens, load.stop_token_ids)
-    agreement = measure_agreement(
-        model, load.prompts, continuations, job["exit_layers"], job["draft_vocab"]
-    )
-    agreement.save(Path(job["path"]), cells.settings)
+    prompts = workload.prompts
+    if answers is None:
+        answers = generate_greedily(model, prompts, workload.max_tokens, workload.stop_token_ids)
+    agreement = measure_agreement(model, prompts, answers, job.exit_layers, job.draft_vocab)
+    agreement.save(path, job.settings_digest)
     return {"num_tokens": agreement.num_tokens}
 
 
@@ -60,10 +59,10 @@ def _load_model(engine: EngineSettings, device: Any) -> Any:
 
 
 def main() -> None:
-    job_path, output_path = map(Path, sys.argv[1:])
-    job = json.loads(job_path.read_text(encoding="utf-8"))
+    request_path, output_path = map(Path, sys.argv[1:])
+    request = json.loads(request_path.read_text(encoding="utf-8"))
     with output_path.open("a", encoding="utf-8") as output:
-        for result in results(job):
+        for result in results(request):
             output.write(json.dumps(result) + "\n")
             output.flush()
 

@@ -9,10 +9,10 @@ batch is offered all graphs that are large enough, smallest first; vLLM picks th
 that fits its query length.
 
 vLLM also captures each size for each query length, most of which the schedule never asks for:
-161 graphs in the place of 35 for four numbers of drafts and 128 requests. A graph stays if the
-schedule gives its number of drafts to a batch size that pads to it; so does that of one request.
-A batch that shrank since it drafted pads to the next larger one. One that grew, by a cached
-prompt's last token, may find none; it runs as any batch that has no FULL graph.
+161 graphs instead of 35 for four numbers of drafts and 128 requests. A graph stays if the
+schedule gives its number of drafts to a batch size that pads to it, or if it is for one request.
+A batch that shrank since it drafted pads to the next larger graph. A batch that grew, by a cached
+prompt's last token, may find none; it then runs as any batch without a FULL graph.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _keep_scheduled(manager: Any) -> None:
     by_batch_size = num_speculative_tokens_by_batch_size(manager.vllm_config)
     full = manager._capture_descs.get(CUDAGraphMode.FULL)
     if not full:
-        return  # An entry, even an empty one, would have vLLM capture.
+        return  # An entry, even an empty one, would make vLLM capture.
     kept, smallest = set(), Counter[tuple[int | None, int]]()
     for desc in sorted(full, key=lambda desc: desc.num_tokens):
         # Each query length (and number of adapters) has a range of batch sizes of its own.

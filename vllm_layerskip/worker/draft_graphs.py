@@ -36,10 +36,10 @@ class DraftCudaGraphManager(SpeculatorCudaGraphManager):
         }
 
     def _init_candidates(self) -> None:
-        """vLLM's sizes, and a full batch.
+        """Add a full batch to vLLM's sizes.
 
-        With speculation vLLM adds a full batch's verification to its sizes, and not the full
-        batch of one token a request: at ``max_num_seqs=100`` the largest would be 96.
+        With speculation vLLM adds a full batch's verification to its sizes, but not the full
+        batch of one token per request: at ``max_num_seqs=100`` the largest would be 96.
         """
         config: CompilationConfig = self.compilation_config
         sizes = config.cudagraph_capture_sizes
@@ -81,7 +81,7 @@ def num_speculative_tokens_by_batch_size(vllm_config: VllmConfig) -> list[int]:
 def _for_each_number_of_drafts(
     descs: list[BatchExecutionDescriptor], by_batch_size: list[int]
 ) -> list[BatchExecutionDescriptor]:
-    """For each size, a descriptor for every K of the batch sizes that pad to it."""
+    """For each size, one descriptor for every K of the batch sizes that pad to it."""
     result = []
     smallest = 1
     for desc in sorted(descs, key=lambda desc: desc.num_tokens):

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The LM head of drafts that come from a draft vocabulary.
 
-A copy of the head's rows for D of V token ids. Logits are computed by the model's own
+It copies the model head's rows for D of V token ids. Logits are computed by the model's own
 ``compute_logits`` on this smaller head, so scale, soft cap, bias and dtype are the model's.
-What leaves this module is in the model's token ids, never in draft vocabulary's indices.
+This module returns the model's token ids, never indices of the draft vocabulary.
 
-With tensor parallelism the D rows are dealt out anew. Frequent tokens have low ids, so most
-of them lie on the first rank's shard of the model's head; a head sliced shard by shard would
-leave the other ranks with nothing to do.
+With tensor parallelism the D rows are spread over the ranks anew. Frequent tokens have low ids,
+so most of them lie on the first rank's shard of the model's head; a head sliced shard by shard
+would leave the other ranks with nothing to do.
 
 Every tensor is allocated once and written in place: a captured CUDA graph may hold it.
 
@@ -35,7 +35,7 @@ from vllm_layerskip.config.draft_vocab import DraftVocab
 
 logger = init_logger("vllm.layerskip.draft_head")
 
-_ROWS_AT_ONCE = 4096  # Bounds what slicing needs beside the slice when weights are reloaded.
+_ROWS_AT_ONCE = 4096  # Bounds the memory beside the copy when weights are reloaded.
 
 
 class DraftHead:
@@ -45,7 +45,7 @@ class DraftHead:
         model: a ``LayerSkipForCausalLM`` whose weights are loaded.
         draft_vocab: the ids of the D rows.
         draft_logits: ``[S, K, V]``, the speculator's cache of the logits that drafts were
-            sampled from; None if drafts are argmaxes, and ``compute_logits`` is not called.
+            sampled from; None if drafts are argmaxes; then ``compute_logits`` is not called.
 
     Raises:
         ValueError: the LM head is no plain matrix.
@@ -60,8 +60,8 @@ class DraftHead:
         device = model.lm_head.weight.device
         # [D]
         self.token_ids = torch.empty(len(draft_vocab), dtype=torch.int64, device=device)
-        # Sleep level 2 discards weights and brings a model's buffers back: ids out of range would
-        # be read if weights then come without ``load_weights``.
+        # A buffer, since sleep level 2 discards weights but restores buffers: if weights then come
+        # without ``load_weights``, ids out of range would otherwise be read.
         model.register_buffer("layerskip_draft_token_ids", self.token_ids, persistent=False)
         with device:
             self.lm_head = _empty_head(model.lm_head, len(draft_vocab))
@@ -99,7 +99,7 @@ class DraftHead:
         if self._full_logits is not None:
             self._full_logits.fill_(-float("inf"))
         _copy_rows(self._model.lm_head, self.lm_head, self.token_ids)
-        # The platform's hook; on a CPU it packs the weight for its kernels.
+        # The platform's hook; on a CPU it packs the weight for the kernels.
         self.lm_head.quant_method.process_weights_after_loading(self.lm_head)
 
     def compute_logits(
@@ -145,7 +145,7 @@ def _empty_head(lm_head: Any, num_rows: int) -> ParallelLMHead:
 
 
 def _with_head(model: nn.Module, lm_head: ParallelLMHead) -> nn.Module:
-    """``model`` with another LM head: its own code and modules, no copy of a weight."""
+    """``model`` with another LM head; it shares the code, the other modules and the weights."""
     logits_processor = copy.copy(model.logits_processor)
     logits_processor.vocab_size = logits_processor.org_vocab_size = lm_head.org_vocab_size
     view = copy.copy(model)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inputs of the draft passes, written on the device: one kernel before the first pass, one
-behind each.
+after each.
 
 Rows of a batch are R requests, then padding. A row drafts while its ``idx_mapping`` is not
--1; one that does not stays where it is and writes neither K/V nor exit states.
+-1. A row that does not draft keeps its position and writes neither K/V nor exit states.
 
 Both kernels have one compiled variant: what changes from step to step is not specialised, and
 blocks have one size. Triton would otherwise compile while requests wait, for each new class of
@@ -31,7 +31,7 @@ def prepare_first_pass(
 ) -> None:
     """Have each row draft from the token that was just sampled, at that token's own position.
 
-    A row of which nothing was sampled, or whose token has no position left, drafts nothing.
+    A row drafts nothing if nothing was sampled for it or its token has no position left.
     """
     max_num_reqs = idx_mapping.shape[0]
     _prepare_first_pass_kernel[(triton.cdiv(max_num_reqs, ROWS_PER_PROGRAM),)](
@@ -61,7 +61,7 @@ def advance(
 ) -> None:
     """Keep a pass's draft tokens and make them the next pass's inputs, one position on.
 
-    Past the model's last position a row stops: it must not overwrite a real token.
+    A row stops past the model's last position: it must not overwrite a real token.
     """
     _advance_kernel[(triton.cdiv(num_reqs, ROWS_PER_PROGRAM),)](
         idx_mapping,
@@ -99,7 +99,7 @@ def _prepare_first_pass_kernel(  # type: ignore[no-untyped-def]
     req_state_idx = tl.load(idx_mapping_ptr + row, mask=in_batch, other=-1)
     num_sampled = tl.load(num_sampled_ptr + row, mask=in_batch, other=0)
     num_rejected = tl.load(num_rejected_ptr + row, mask=in_batch, other=0)
-    # Behind the accepted tokens: where the sampled token itself belongs.
+    # After the accepted tokens: the sampled token's own position.
     position = tl.load(target_seq_lens_ptr + row, mask=in_batch, other=0) - num_rejected
     drafts = (req_state_idx >= 0) & (num_sampled > 0) & (position < max_model_len)
     token = tl.load(last_sampled_ptr + req_state_idx, mask=drafts, other=0)
@@ -109,7 +109,7 @@ def _prepare_first_pass_kernel(  # type: ignore[no-untyped-def]
     tl.store(positions_ptr + row, position, mask=in_buffer)
     # A request that drafts nothing attends to one (stale) token; its result is not used.
     tl.store(seq_lens_ptr + row, tl.where(in_batch, position + 1, 0), mask=in_buffer)
-    # Padding has no query; the first start is the 0 that the buffer was made with.
+    # Padding has no query. The buffer was made with 0 as its first start.
     tl.store(query_start_loc_ptr + row + 1, tl.minimum(row + 1, num_reqs), mask=in_buffer)
 
 

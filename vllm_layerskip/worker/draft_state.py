@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What drafting leaves for verification, in one object.
 
-The model makes it with itself, before anything else of the worker exists. The speculator and the
-model state take it from the model, so all three hold the same one.
+The model makes it when it is built. The speculator and the model state take it from the model, so
+all three hold the same one.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from vllm_layerskip.worker.lora_rows import LoraRows
 
 
 class DraftState:
-    """Exit states by request slot, and the adapter of each slot with LoRA.
+    """Exit states by request slot and, with LoRA, the adapter of each slot.
 
     Args:
-        model: the target; vLLM wraps its layers for LoRA after it was built.
+        model: the target; vLLM wraps its layers for LoRA after it is built.
     """
 
     def __init__(self, vllm_config: VllmConfig, model: nn.Module) -> None:
@@ -30,7 +30,7 @@ class DraftState:
             config.num_speculative_tokens,
             model_config.get_hidden_size(),
             model_config.dtype,
-            # The model's, while it is built.
+            # The model's device while the model is built.
             torch.get_default_device(),
         )
         self.lora_rows = None if vllm_config.lora_config is None else LoraRows(model, max_num_reqs)

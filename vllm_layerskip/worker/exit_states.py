@@ -129,9 +129,9 @@ class ExitStates:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """New ``[T, H]`` hidden_states and residual, for 1 + K tokens a row.
 
-        Token j of a row was the input of draft pass j; the last one, the last draft, was
-        never an input, and its state is the one that is passed in. T may exceed the rows'
-        tokens by padding, whose states are zero.
+        Token j of a row was the input of draft pass j. The row's last token, the last draft, was
+        never an input; the caller passes in its state. T may exceed the rows' tokens by
+        padding, whose states are zero.
         """
         self._require_dtype(last_hidden_states, last_residual)
         hidden_size = self.states.shape[-1]

@@ -4,13 +4,13 @@
 vLLM maps rows to adapters once a step, for the target's forward: a row per scheduled token, and
 for the LM head a row per request. Two passes have other rows:
 
-* verification has 1 + K rows of logits per request, where Model Runner V2 maps one: without the
+* verification has 1 + K rows of logits per request, but Model Runner V2 maps one. Without the
   right rows its tokens would be another adapter's;
 * a draft pass has one row per request. With another row's adapter its drafts would be rejected.
 
-With LoRA every verify step is the ordinary forward, which writes the K/V of every draft again: no
-exit states are reused, since the early stage would need a mapping of its own in the middle of a
-forward. Drafts run without CUDA graph, whose captured kernels would follow the number of active
+With LoRA every verify step is the ordinary forward, which writes the K/V of every draft again. No
+exit states are reused: the early stage would need a mapping of its own in the middle of a forward.
+Drafts run without CUDA graphs, whose captured kernels would depend on the number of active
 adapters.
 """
 
@@ -29,7 +29,7 @@ class LoraRows:
     """Sets vLLM's row mapping for the passes that vLLM does not know.
 
     Args:
-        model: a model whose layers vLLM wraps for LoRA before the first pass, which gives it its
+        model: the target; before the first pass vLLM wraps its layers for LoRA, which sets its
             ``lora_manager``.
         max_num_reqs: number of request slots.
     """
@@ -43,7 +43,7 @@ class LoraRows:
         self._lora_ids[req_index] = NO_LORA_ID if lora_request is None else lora_request.lora_int_id
 
     def map_verify(self, input_batch: InputBatch) -> None:
-        """Rows of the target's forward, and its 1 + K rows of logits per verified request."""
+        """Map the target's rows, and its 1 + K rows of logits per verified request."""
         lora_ids = self._lora_ids[input_batch.idx_mapping_np]
         self._map(
             lora_ids.repeat(input_batch.num_scheduled_tokens),
@@ -51,7 +51,7 @@ class LoraRows:
         )
 
     def map_drafts(self, input_batch: InputBatch, dummy_run: bool) -> None:
-        """One row per request, in the layers and in the LM head."""
+        """Map one row per request, in the layers and in the LM head."""
         lora_ids = (
             np.full(input_batch.num_reqs, NO_LORA_ID, dtype=np.int32)
             if dummy_run
@@ -64,7 +64,7 @@ class LoraRows:
         token_lora_ids: np.ndarray,  # [T]
         logits_lora_ids: np.ndarray,  # [number of rows of logits]
     ) -> None:
-        # The adapters themselves were loaded for this batch by the runner.
+        # The runner has loaded this batch's adapters themselves.
         self._model.lora_manager.set_adapter_mapping(
             LoRAMapping(tuple(token_lora_ids), tuple(logits_lora_ids), is_prefill=True)
         )

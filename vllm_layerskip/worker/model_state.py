@@ -6,8 +6,8 @@ early stage would compute now:
 
 * every row is a decode whose tokens are ``last_sampled, d1..dn``, the inputs of the last
   propose in the same order and positions, and early layers' K/V of ``last_sampled,
-  d1..d(n-1)`` are in the pages already, written by the same passes. Then nothing of the
-  early stage is missing but dn, for which it runs here;
+  d1..d(n-1)`` are in the pages already, written by the same passes. Then the early
+  stage lacks nothing but dn, and the forward runs it for dn;
 * a prefill row, even one of a single token padded with placeholder drafts, has no exit
   states (``has_prefill``); nor has a row whose slot changed hands (``ExitStates.cover``);
 * rows have equal numbers of drafts, as the scheduler gives a decode batch; a mixed batch
@@ -16,13 +16,13 @@ early stage would compute now:
 FULL CUDA graphs. vLLM captures a decode graph per padded batch size and number of tokens per
 request; those of two tokens or more are captured with reuse, and vLLM may replay one for a
 batch whose rows lack exit states (it counts a cached prompt's last token as a decode). Such a
-batch is not kept from its graph. The early stage runs for it here first, over all its tokens,
-and leaves the exit states that the graph reads. Where prefills and decodes share their FULL
-graphs (``cudagraph_mode=FULL``) graphs hold the ordinary forward.
+batch keeps its graph: the early stage first runs for it here, over all its tokens, and leaves the
+exit states that the graph reads. Where prefills and decodes share their FULL graphs
+(``cudagraph_mode=FULL``), these hold the ordinary forward.
 
-The decision looks at the batch and never at the order of calls: vLLM calls
-``prepare_attn`` for dummy batches and graph captures too, those of the speculator's graphs
-included, and those carry no drafts.
+The decision looks at the batch and never at the order of calls. vLLM also calls
+``prepare_attn`` for dummy batches and for graph captures, the speculator's included, and those
+carry no drafts.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ from vllm_layerskip.worker.early_layers import early_attn_layer_names
 from vllm_layerskip.worker.verify_plan import VerifyAttnMetadata, VerifyPlan
 
 WARMUP_PREFIX = "_warmup_"
-"""Of the requests that vLLM's ``warmup_kernels`` makes up on a GPU before the first real one."""
+"""Starts the ids of the requests that vLLM's ``warmup_kernels`` makes up on a GPU before the first
+real one."""
 
 
 class LayerSkipModelState(DefaultModelState):
@@ -69,7 +70,7 @@ class LayerSkipModelState(DefaultModelState):
         self.step_counts = StepCounts()
         self._num_weight_loads = model.num_weight_loads
         self.early_attn_groups: list[list[AttentionGroup]] = []
-        # What a plan points at; captured graphs read it again at each replay.
+        # Plans point at these; captured graphs read them again at each replay.
         self.idx_mapping = torch.full((self.max_num_reqs,), -1, dtype=torch.int64, device=device)
         self.query_start_loc = torch.zeros(self.max_num_reqs + 1, dtype=torch.int32, device=device)
         self.slot_mappings: torch.Tensor | None = None  # [num_kv_cache_groups, max_num_reqs]
@@ -84,8 +85,8 @@ class LayerSkipModelState(DefaultModelState):
         self, kv_cache_config: KVCacheConfig, block_tables: BlockTables
     ) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
-        # Builders of their own: a backend may keep buffers in a builder, and this step's
-        # late stage and the drafts use other shapes.
+        # The early stage has its own builders: a backend may keep buffers in a builder, and this
+        # step's late stage and the drafts use other shapes.
         layers = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)
         self.early_attn_groups, _, _ = init_attn_backend(
             kv_cache_config,
@@ -119,7 +120,7 @@ class LayerSkipModelState(DefaultModelState):
         else:
             reuses, num_reqs = covered, input_batch.num_reqs
         if reuses and not (covered or for_capture):
-            # Before the graph's own metadata: a backend keeps it in buffers that the graph reads.
+            # Runs before the graph's own metadata, which a backend keeps in buffers of the graph.
             self._compute_exit_states(
                 input_batch, block_tables, slot_mappings, attn_groups, kv_cache_config
             )
@@ -149,7 +150,7 @@ class LayerSkipModelState(DefaultModelState):
             self.step_counts = self.step_counts.after_step(reused)
 
     def _forget_other_weights(self) -> None:
-        """Requests may run on while weights are replaced; their exit states are the old ones'."""
+        """Drop exit states of older weights: requests may run on while weights are replaced."""
         if self._num_weight_loads != self.model.num_weight_loads:
             self._num_weight_loads = self.model.num_weight_loads
             self.draft_state.exit_states.invalidate_all()
@@ -172,11 +173,11 @@ class LayerSkipModelState(DefaultModelState):
         )
 
     def _graph_reuses(self, input_batch: InputBatch) -> bool:
-        """Whether this batch's FULL graph was captured, or is to be, with reuse."""
+        """Whether this batch's FULL graph was, or will be, captured with reuse."""
         return (
             self.config.reuse_exit_states
             and self.vllm_config.compilation_config.cudagraph_mode.separate_routine()
-            # One token per request verifies nothing; so does a graph of the speculator.
+            # One token per request verifies nothing; a graph of the speculator has only one.
             and input_batch.num_tokens_after_padding > input_batch.num_reqs_after_padding
         )
 
@@ -190,7 +191,7 @@ class LayerSkipModelState(DefaultModelState):
         for_capture: bool,
     ) -> VerifyPlan:
         num_speculative_tokens = int(input_batch.num_scheduled_tokens[0]) - 1
-        # The rows of a capture or a dummy replay are queries of no request.
+        # The rows of a capture or a dummy replay have queries but no request.
         num_queries = input_batch.num_reqs
         num_requests = 0 if for_capture else num_queries
         assert self.slot_mappings is not None
@@ -249,9 +250,9 @@ class LayerSkipModelState(DefaultModelState):
         attn_groups: list[list[AttentionGroup]],
         kv_cache_config: KVCacheConfig,
     ) -> None:
-        """Run the early stage over the whole batch; its K/V writes are the forward's own.
+        """Run the early stage over the whole batch; it writes the K/V that the forward writes.
 
-        An eager step with an eager step's metadata, without the padding of the graph to come.
+        It runs eagerly, with an eager step's metadata and without the padding of the graph to come.
         """
         num_reqs, num_tokens = input_batch.num_reqs, input_batch.num_tokens
         slot_mappings = slot_mappings[:, :num_tokens]
@@ -280,7 +281,7 @@ class LayerSkipModelState(DefaultModelState):
         )
 
 
-# One variant (see draft_inputs.py): a capture has no requests, a live batch any number.
+# One compiled variant (see draft_inputs.py): a capture has no requests, a batch any number.
 @triton.jit(do_not_specialize=["num_requests", "num_queries", "num_reqs", "num_speculative_tokens"])
 def _prepare_plan_kernel(  # type: ignore[no-untyped-def]
     idx_mapping_out_ptr,  # [max_num_reqs]
@@ -302,7 +303,7 @@ def _prepare_plan_kernel(  # type: ignore[no-untyped-def]
     is_request = row < num_requests
     idx_mapping = tl.load(idx_mapping_ptr + row, mask=is_request, other=-1)
     tl.store(idx_mapping_out_ptr + row, idx_mapping, mask=in_batch)
-    tl.store(query_start_loc_out_ptr, 0)  # Sleep level 2 discards the buffer's first content.
+    tl.store(query_start_loc_out_ptr, 0)  # Sleep level 2 discards its initial 0.
     # Padding has no query.
     query_end = tl.minimum(row + 1, num_queries)
     tl.store(query_start_loc_out_ptr + row + 1, query_end, mask=in_batch)

@@ -10,12 +10,11 @@ the target's cache. Why they are safe:
   overwritten before anything attends to it, since a token is written no later than it is
   first attended to.
 * Those slots are allocated: the scheduler reserves K lookahead slots (``num_lookahead_tokens``)
-  behind the tokens of every step.
+  after the tokens of every step.
 * A row that may not draft writes nothing: ``idx_mapping = -1`` turns its slots into PAD. That
   holds for dummy rows, for rows in the middle of their prefill (nothing was sampled), and for
-  a row from the moment when its position would pass the last one of the model.
-* Blocks are published to the prefix cache by committed tokens only, and a draft pass writes
-  behind those.
+  a row as soon as its position would pass the model's last one.
+* Only committed tokens publish blocks to the prefix cache, and a draft pass writes after those.
 
 Nothing here waits for the device: rows, counts and bounds come from the host's side of the
 batch, token ids and positions stay on the device.
@@ -72,12 +71,12 @@ class LayerSkipSpeculator(DraftModelSpeculator):
 
     @property
     def num_positions(self) -> int:
-        """The model's length; fitting it to memory may have lowered it since vLLM 0.32's
-        ``max_model_len`` of a speculator was read."""
+        """Current ``max_model_len``; vLLM may lower it to fit memory after the base class of 0.32
+        copied it."""
         return self.vllm_config.model_config.max_model_len
 
     def load_model(self, target_model: nn.Module) -> None:
-        # No weights and no attention layers of its own.
+        # Drafting has no weights and no attention layers of its own.
         attn_layer_names = set(get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase))
         self.model = self.load_draft_model(target_model, attn_layer_names)
         self._validate_local_argmax_reduction()
@@ -102,7 +101,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         draft_vocab = self.speculative_config.draft_vocab
         if draft_vocab is None:
             return None
-        # The argmax is mapped to token ids there; only a sampled draft needs logits.
+        # DraftHead maps the argmax to token ids; only a sampled draft needs logits.
         self.use_local_argmax_reduction = self.draft_logits is None
         return DraftHead(self.model, draft_vocab, self.draft_logits)
 
@@ -142,7 +141,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             self.draft_attn_layer_names = set()
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        # All passes are one graph, so a backend must refresh its metadata inside of it.
+        # All passes are one graph, so a backend must refresh its metadata inside the graph.
         fused = (
             cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
             and self.supports_decode_metadata_update
@@ -160,7 +159,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         if not self.draft_graphs.needs_capture():
             return
         logger.info("Capturing draft passes...")
-        # Rows of no request: capturing writes neither K/V nor exit states.
+        # Rows without a request: capturing writes neither K/V nor exit states.
         self.idx_mapping.fill_(-1)
         self.draft_graphs.capture(
             self._generate_fused_drafts,
@@ -205,7 +204,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         if not dummy_run:
             self._record_valid_exit_states(input_batch, num_speculative_tokens)
         if num_speculative_tokens == 0:
-            # The target's own cache needs no catching up; the runner blanks the drafts.
+            # Drafts share the target's cache, which needs no catching up; the runner blanks them.
             return self.draft_tokens[:num_reqs]
 
         if self.draft_head is not None:
@@ -242,7 +241,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
     def _record_valid_exit_states(
         self, input_batch: InputBatch, num_speculative_tokens: int
     ) -> None:
-        # Of a row in the middle of its prefill nothing is sampled, so it drafts nothing.
+        # A row in the middle of its prefill samples nothing, so it drafts nothing.
         # Its counts on the host are exact; only those of decodes run ahead.
         mid_prefill = (
             input_batch.num_computed_tokens_np + input_batch.num_scheduled_tokens
@@ -267,7 +266,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
     def _replay_drafts(self, batch_desc: BatchExecutionDescriptor) -> None:
         for groups in self.attn_groups:
             for group in groups:
-                # As kernels see the block table, in the buffer that the graph reads.
+                # Write the block table, as kernels see it, to the buffer that the graph reads.
                 group.map_to_kernel_block_table(
                     self.block_tables.input_block_tables[group.kv_cache_group_id]
                 )
@@ -284,7 +283,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         cudagraph_runtime_mode: CUDAGraphMode,  # unused: NONE, inside of the graph
         num_speculative_steps: int,
     ) -> None:
-        """What a graph holds: all passes, metadata refreshed in place before each."""
+        """Run all passes as a graph holds them, refreshing metadata in place before each."""
         for step in range(num_speculative_steps):
             self._compute_slot_mappings(num_reqs)
             self._update_draft_decode_metadata(attn_metadata, num_reqs)
@@ -297,7 +296,7 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         skip_attn: bool,
         seq_lens_cpu_upper_bound: torch.Tensor,
     ) -> None:
-        """The same without a graph: metadata rebuilt before each pass."""
+        """Run all passes without a graph, rebuilding metadata before each."""
         num_reqs = batch_desc.num_tokens
         attn_metadata, slot_mappings = None, None
         for step in range(num_speculative_tokens):

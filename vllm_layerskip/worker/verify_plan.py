@@ -26,7 +26,7 @@ class VerifyPlan:
     num_speculative_tokens: int
     # [R] request slots; -1 for padding.
     idx_mapping: torch.Tensor
-    # By name of the early attention layers, for one token per row: its last draft.
+    # Both by early attention layer, for one token per row: the row's last draft.
     attn_metadata: dict[str, Any]
     slot_mappings: dict[str, torch.Tensor]
 
@@ -36,7 +36,7 @@ class VerifyPlan:
 
 
 class VerifyAttnMetadata(dict[str, Any]):
-    """Attention metadata by layer name, of a forward that follows a plan."""
+    """Attention metadata by layer name, for a forward that follows a plan."""
 
     def __init__(self, attn_metadata: Mapping[str, Any], plan: VerifyPlan) -> None:
         super().__init__(attn_metadata)

@@ -5,20 +5,26 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.pages import capacity
-from benchmarks.pages.capacity import Assumptions, Engine, Load, layerskip, plan
+from benchmarks.pages.capacity_formula import (
+    Assumptions,
+    Engine,
+    RequestKind,
+    best_engine_plan,
+    gpu_hours_per_million,
+    layerskip,
+    layerskip_up_to,
+    plan_engine,
+)
+from benchmarks.pages.capacity_tables import PAGE, TABLES
 from benchmarks.pages.tables import with_tables
 from vllm_layerskip.measuring.hardware import GPUS, Gpu
 from vllm_layerskip.measuring.roofline import Decoding
 from vllm_layerskip.measuring.shapes import SHAPES, Shape
-
-ROOT = Path(__file__).parents[3]
 
 H100 = GPUS["NVIDIA H100 80GB HBM3"]
 PLAIN = Decoding("plain")
@@ -65,40 +71,38 @@ def test_all_reduces_by_hand():
 
 def test_throughput_of_a_plan_by_hand():
     engine = Engine(SMALL, Gpu(1e6, 1e6, memory=2000.0), assumptions=IDEAL)
-    load = Load(prompt_len=6, output_len=4)
-    found = plan(engine, load, PLAIN)
+    kind = RequestKind(prompt_len=6, output_len=4)
+    found = plan_engine(engine, kind, PLAIN)
     batch = found.batch_size
     step = engine.step_s(PLAIN, batch, 8.0)
     assert found.tokens_per_s == pytest.approx(batch * 4 / (batch * engine.prefill_s(6) + 4 * step))
-    assert capacity.gpu_hours_per_million(engine, found) == pytest.approx(
-        1e6 / found.tokens_per_s / 3600
-    )
+    assert gpu_hours_per_million(engine, found) == pytest.approx(1e6 / found.tokens_per_s / 3600)
     assert found.num_engines(2 * found.tokens_per_s, 0.25) == 3
 
 
-LOADS = st.builds(Load, st.integers(1, 4000), st.integers(1, 1000), st.floats(0.002, 0.2))
+KINDS = st.builds(RequestKind, st.integers(1, 4000), st.integers(1, 1000), st.floats(0.002, 0.2))
 
 
-@given(LOADS, st.floats(1.0, 4.9), st.integers(1, 31))
-def test_more_acceptance_never_costs(load, length, exit_layer):
+@given(KINDS, st.floats(1.0, 4.9), st.integers(1, 31))
+def test_more_acceptance_never_costs(kind, length, exit_layer):
     engine = Engine(SHAPES["llama-3-8b"], H100)
-    less = plan(engine, load, layerskip(exit_layer, 4, length, 4))
-    more = plan(engine, load, layerskip(exit_layer, 4, length + 0.1, 4))
+    less = plan_engine(engine, kind, layerskip(exit_layer, 4, length, 4))
+    more = plan_engine(engine, kind, layerskip(exit_layer, 4, length + 0.1, 4))
     if less is not None:
         assert more is not None
         assert more.tokens_per_s >= less.tokens_per_s > 0
 
 
-@given(LOADS)
-def test_no_drafts_are_plain_decoding_and_the_best_k_is_never_worse(load):
+@given(KINDS)
+def test_no_drafts_are_plain_decoding_and_the_best_k_is_never_worse(kind):
     engine = Engine(SHAPES["llama-3-8b"], H100)
-    plain = plan(engine, load, PLAIN)
-    assert plan(engine, load, layerskip(4, 4, 3.0, 0)) == plain
-    best = capacity.best_plan(engine, load, capacity._with_k(4, 3.0))
+    plain = plan_engine(engine, kind, PLAIN)
+    assert plan_engine(engine, kind, layerskip(4, 4, 3.0, 0)) == plain
+    best = best_engine_plan(engine, kind, layerskip_up_to(4, 3.0))
     if plain is not None:
         assert best.tokens_per_s >= plain.tokens_per_s
-        assert plain.tpot_s <= load.max_tpot_s
-        assert best.tpot_s <= load.max_tpot_s
+        assert plain.tpot_s <= kind.max_tpot_s
+        assert best.tpot_s <= kind.max_tpot_s
 
 
 @given(st.integers(1, 8000), st.integers(1, 8000), st.integers(0, 8))
@@ -116,7 +120,7 @@ def test_longer_requests_fit_less_often(num_tokens, more, num_drafts):
         (["--acceptance-length", "6"], "--acceptance-length 6.0 must be from 1 to 5"),
         (["--tp", "3"], "--tp 3 must divide the 8 K/V heads. Use 1, 2, 4, 8."),
         (["--tp", "2", "--gpu", "l4"], "--tp 2: no link between these GPUs is known"),
-        (["--output", "0"], "--output must be an integer of at least 1"),
+        (["--output", "0"], "--output: '0' must be an integer of at least 1"),
     ],
 )
 def test_wrong_options(options, error):
@@ -138,5 +142,5 @@ def test_a_plan_from_the_command_line():
 
 
 def test_the_pages_tables_are_the_commands():
-    page = capacity.PAGE.read_text(encoding="utf-8")
-    assert with_tables(page, capacity.TABLES) == page
+    page = PAGE.read_text(encoding="utf-8")
+    assert with_tables(page, TABLES) == page

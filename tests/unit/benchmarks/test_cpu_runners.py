@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``benchmarks/decode/cpu_runners.py`` makes of its measurements."""
+"""The statistics, environments and processes of benchmarks.decode.cpu_runners."""
 
 from __future__ import annotations
 

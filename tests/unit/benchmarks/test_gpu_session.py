@@ -17,23 +17,15 @@ import subprocess
 import sys
 import tarfile
 import time
-import warnings
-from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 
 from benchmarks.engines.arguments import engine_arguments
-from benchmarks.engines.settings import add_arguments, settings_from
-from benchmarks.gpu import (
-    check_graphs,
-    gpu_session,
-)
-from benchmarks.gpu.check_graphs import Answers, Difference, Facts
-from benchmarks.gpu.summary import HEADER, summary
+from benchmarks.engines.settings import settings_from
+from benchmarks.gpu import steps
 from vllm_layerskip.measuring.hardware import gpu_info
 from vllm_layerskip.plugin import register
 
@@ -257,11 +249,11 @@ def test_a_session_that_is_killed_has_delivered_what_was_measured(start, folders
 
 
 class Parsed(Exception):
-    """Raised in the place of what a script would do with its arguments."""
+    """Raised instead of running a program with its arguments."""
 
 
 def parsed(path: Path, arguments: list[str], monkeypatch) -> argparse.Namespace:
-    """What a program's own parser makes of arguments."""
+    """Arguments as a program's own parser takes them."""
     parse_args = argparse.ArgumentParser.parse_args
 
     def stop(self, args=None, namespace=None):
@@ -281,21 +273,21 @@ def parsed(path: Path, arguments: list[str], monkeypatch) -> argparse.Namespace:
 
 class TestSteps:
     @pytest.fixture(params=[False, True], ids=["gpu", "tiny"])
-    def plan(self, request, tmp_path):
-        return gpu_session.Plan(tmp_path, request.param, questions="question.jsonl")
+    def make(self, request, tmp_path):
+        return steps.PartMaker(tmp_path, request.param, questions="question.jsonl")
 
-    @pytest.mark.parametrize("name", gpu_session.STEPS)
+    @pytest.mark.parametrize("name", steps.STEPS)
     def test_a_step_fits_into_its_command(self, name, tmp_path):
-        plan = gpu_session.Plan(tmp_path, False, questions="question.jsonl")
-        limit_s = gpu_session.FIRST_LIMIT_S if name == "first" else gpu_session.STEP_LIMIT_S
-        parts = gpu_session.STEPS[name](plan)
+        make = steps.PartMaker(tmp_path, False, questions="question.jsonl")
+        limit_s = steps.FIRST_LIMIT_S if name == "first" else steps.STEP_LIMIT_S
+        parts = steps.STEPS[name](make)
         assert sum(part.limit_s for part in parts) <= limit_s
         assert len({part.name for part in parts}) == len(parts), "logs would be overwritten"
 
-    @pytest.mark.parametrize("name", gpu_session.STEPS)
-    def test_every_command_is_one_that_its_program_takes(self, plan, name, monkeypatch):
+    @pytest.mark.parametrize("name", steps.STEPS)
+    def test_every_command_is_one_that_its_program_takes(self, make, name, monkeypatch):
         """A typo would cost a part of a lease. A table's settings become engines' arguments."""
-        for part in gpu_session.STEPS[name](plan):
+        for part in steps.STEPS[name](make):
             python, *arguments = part.command
             assert python == sys.executable
             path = arguments.pop(0)
@@ -305,20 +297,20 @@ class TestSteps:
             args = parsed(ROOT / path, arguments, monkeypatch)
             if Path(path).name == "train_model.py":
                 # Without the packages there is too little text for 160 M parameters.
-                assert bool(args.packages) != plan.tiny
+                assert bool(args.packages) != make.tiny
             if Path(path).name != "compare.py" or args.model:
                 continue
             args.num_speculative_tokens = None
             settings = settings_from(args)
             for mode in args.modes:
-                folder = plan.results / name / mode
+                folder = make.results / name / mode
                 engine = engine_arguments(settings, mode, folder, fixed_batches=True)
                 register()
                 config = EngineArgs(**engine).create_engine_config()
                 assert (config.speculative_config is None) == (mode == "plain")
 
     def test_first_brings_what_matters_in_order(self, tmp_path):
-        parts = gpu_session.first(gpu_session.Plan(tmp_path, False, None))
+        parts = steps.first(steps.PartMaker(tmp_path, False, None))
         assert [part.name for part in parts] == ["gpu", "exact", "demo", "7b", "7b-peers", "8b"]
         limits = {part.name: part.limit_s for part in parts}
         assert limits["exact"] >= 110, "a cold machine starts its first engine in it"
@@ -376,223 +368,3 @@ def test_a_checkout_is_a_plugin_without_being_installed(tmp_path):
     declared = importlib.metadata.distribution("vllm-layerskip").entry_points
     expected = {f"{entry.name} {entry.value}" for entry in declared}
     assert set(process.stdout.split("\n")) - {""} == expected
-
-
-class TestSummary:
-    @pytest.fixture
-    def results(self, tmp_path):
-        settings = settings_from(_parse("--preset", "7b-cnndm")).identity()
-        facts = {"gpu": {"name": "NVIDIA H200", "driver": "580", "memory": "141 GB"}}
-
-        def record(mode, speed, **values):
-            num_tokens = int(speed)
-            run = {
-                "seconds": 1.0,
-                "num_tokens": num_tokens,
-                "num_steps": 100,
-                "tokens_per_s": speed,
-            }
-            return {
-                "kind": "decode", "mode": mode, "status": "ok", "settings": settings,
-                "model_shape": vars(settings_from(_parse("--preset", "7b-cnndm")).model_shape()),
-                "num_draft_vocab_ids": None, "prompt_len": 128, "batch_size": 1,
-                "tokens_per_s": speed, "step_ms": 10.0, "runs": [run], "speculation": None,
-                "provenance": facts, **values,
-            }  # fmt: skip
-
-        failed = {"status": "error", "reason": "exit status 1"}
-        records = [record("plain", 300.0), record("layerskip", 600.0),
-                   record("draft-model", 1.0, **failed)]  # fmt: skip
-        (tmp_path / "first-7b.json").write_text(json.dumps({"schema": 1, "records": records}))
-        return tmp_path
-
-    def write_gpu(self, results, datasheet):
-        facts = {"gpu": {"name": "NVIDIA H200"}, "cpu": {"model": "x"}}
-        content = {
-            "copy_bandwidth_tb_s": 2.4, "datasheet_bandwidth_tb_s": datasheet, "provenance": facts,
-        }  # fmt: skip
-        (results / "gpu.json").write_text(json.dumps(content))
-
-    def row(self, results, mode):
-        lines = summary(results).splitlines()
-        (line,) = [line for line in lines if f"| {mode} |" in line]
-        return [cell.strip() for cell in line.strip("|").split("|")]
-
-    def test_limits_are_the_gpus_own(self, results):
-        self.write_gpu(results, 4.8)
-        assert "limits count with 4.8 TB/s, its datasheet's" in summary(results)
-        plain, skip = self.row(results, "plain"), self.row(results, "layerskip")
-        column = HEADER.index
-        assert skip[column("x plain")] == "2.00"
-        limit = float(plain[column("tok/s limit")])
-        assert limit == pytest.approx(355, abs=10), "13.2 GB of weights and K/V at 4.8 TB/s"
-        assert plain[column("of roofline")] == f"{300 / limit:.0%}"
-
-    def test_an_unknown_gpus_limits_are_what_was_measured(self, results):
-        self.write_gpu(results, 4.8)
-        limit = HEADER.index("tok/s limit")
-        known = float(self.row(results, "plain")[limit])
-        self.write_gpu(results, None)
-        assert "limits count with 2.4 TB/s, as measured" in summary(results)
-        assert float(self.row(results, "plain")[limit]) == pytest.approx(known / 2, rel=0.01)
-
-    def test_a_mode_that_failed_says_so(self, results):
-        assert "error: exit status 1" in self.row(results, "draft-model")
-
-    @pytest.mark.parametrize("content", ["", "{", '{"schema": 1}', "[]"])
-    def test_a_damaged_file_costs_its_own_lines_alone(self, results, content):
-        for name in ("exact.json", "gpu.json", "a.json", "z.json"):
-            (results / name).write_text(content)
-        page = summary(results)
-        assert self.row(results, "plain")
-        assert "first-7b.json" in page
-        assert "exact.json cannot be read" in page
-
-    def test_what_became_of_the_parts_is_there(self, results):
-        outcomes = [{"name": "exact", "status": "failed: exit status 1", "seconds": 1.0}]
-        (results / "session.json").write_text(json.dumps({"outcomes": outcomes}))
-        assert "Parts: exact failed: exit status 1." in summary(results)
-
-    def test_nothing_measured_is_no_error(self, tmp_path):
-        assert summary(tmp_path) == "\n"
-
-
-class TestCheckGraphs:
-    PLAIN = Answers([[1, 2, 3], [4, 5, 6]], [[{1: 0.0}, {2: -0.5, 9: -0.5004}, {3: 0.0}]] * 2, 1.0)
-    ALL = ("reuse", "draft", "verify")
-
-    def facts(self, *found, **changes):
-        values = {
-            "differences": list(found), "num_compared": 100, "num_tokens": 128, "num_accepted": 50,
-            "num_reused": 19, "num_full": 1, "num_replays": {"draft": 20, "verify": 19},
-        }  # fmt: skip
-        return Facts(**values | changes)
-
-    def test_equal_answers_have_no_difference(self):
-        assert check_graphs.differences(self.PLAIN, self.PLAIN) == []
-        assert check_graphs.faults(self.facts(), "float32", self.ALL) == []
-
-    def test_two_tokens_of_nearly_the_same_probability_are_rounding(self):
-        other = Answers([[1, 9, 7], [4, 5, 6]], [], 1.0)
-        (found,) = check_graphs.differences(self.PLAIN, other)
-        assert (found.prompt, found.position, found.plain_token, found.token) == (0, 1, 2, 9)
-        assert found.gap == pytest.approx(4e-4)
-        assert check_graphs.faults(self.facts(found), "float32", self.ALL) == []
-
-    @pytest.mark.parametrize("gap", [0.2, None])
-    def test_another_difference_is_a_fault(self, gap):
-        facts = self.facts(Difference(0, 1, 2, 9, gap))
-        (fault,) = check_graphs.faults(facts, "float32", self.ALL)
-        assert "answer 0 differs at token 1: 9 for 2" in fault
-
-    def test_bfloat16_rounds_more(self):
-        rounding, fault = (self.facts(Difference(0, 1, 2, 9, gap)) for gap in (0.2, 0.5))
-        assert check_graphs.faults(rounding, "bfloat16", self.ALL) == []
-        assert check_graphs.faults(fault, "bfloat16", self.ALL)
-
-    @pytest.mark.parametrize(
-        ("changes", "problem"),
-        [
-            ({"num_accepted": 0}, "no draft was accepted"),
-            ({"num_compared": 31}, "only 31 of 128 tokens were compared"),
-            ({"num_reused": 10, "num_full": 10}, "10 verify steps reused exit states in 20 steps"),
-            ({"num_replays": {"verify": 10}}, "10 verify graphs were replayed in 20 steps"),
-            ({"num_replays": {"draft": 9}}, "9 draft graphs were replayed in 20 steps"),
-        ],
-    )  # fmt: skip
-    def test_a_check_of_next_to_nothing_fails(self, changes, problem):
-        """Equal tokens prove nothing where little was drafted, reused, replayed or compared."""
-        facts = self.facts(**changes)
-        facts = replace(facts, num_replays={"draft": 20, "verify": 19} | facts.num_replays)
-        assert check_graphs.faults(facts, "float32", self.ALL) == [problem]
-
-    def test_a_variant_must_be_without_its_part(self):
-        problems = check_graphs.faults(self.facts(), "float32", ("reuse", "verify"), ("draft",))
-        assert problems == ["20 draft graphs were replayed in 20 steps"]
-
-    @pytest.fixture
-    def narrowed(self, tmp_path, monkeypatch):
-        """Runs the check with engines whose problems are given; the variants that ran."""
-
-        def run(dtype, problems_of):
-            facts = asdict(self.facts()) | {
-                "num_equal": 8, "num_answers": 8, "acceptance_length": 2.5, "waits": ["a.py:1"],
-            }  # fmt: skip
-
-            class StandIn:
-                on_gpu, arguments, request = True, {"model": "x", "seed": 0}, {}
-
-                def __init__(self, args):
-                    pass
-
-                def run_plain(self):
-                    return TestCheckGraphs.PLAIN
-
-                def run(self, variant, plain):
-                    if problems_of.get(variant) == "raise":
-                        raise RuntimeError("capture failed")
-                    return facts | {"variant": variant, "problems": problems_of.get(variant, [])}
-
-            def in_a_process(command, check):
-                # The last ones count; of the process only its file is known.
-                variant, output = command[-3], Path(command[-1])
-                if problems_of.get(variant) != "killed":
-                    one = facts | {"variant": variant, "problems": problems_of.get(variant, [])}
-                    output.write_text(json.dumps({"checks": [one]}))
-
-            output = tmp_path / "exact.json"
-            output.write_text("an older run's")
-            monkeypatch.setattr(check_graphs, "Check", StandIn)
-            monkeypatch.setattr(check_graphs, "prepare_environment", lambda: None)
-            monkeypatch.setattr(check_graphs.subprocess, "run", in_a_process)
-            monkeypatch.setattr(sys, "argv", ["x", "--dtype", dtype, "--output", str(output)])
-            if problems_of:
-                with pytest.raises(SystemExit, match="1"):
-                    check_graphs.main()
-            else:
-                check_graphs.main()
-            checks = json.loads(output.read_text())["checks"]
-            assert [path.name for path in tmp_path.iterdir()] == ["exact.json"]
-            return [check["variant"] for check in checks], summary(tmp_path)
-
-        # Provenance asks git, which needs processes.
-        monkeypatch.setattr(check_graphs, "provenance", dict)
-        return run
-
-    def test_what_runs_where_nothing_fails(self, narrowed):
-        assert narrowed("float32", {})[0] == ["layerskip"]
-        variants, page = narrowed("bfloat16", {})
-        assert variants == ["layerskip", "without reuse"]
-        assert "waits for the GPU that plain decoding does not have: ['a.py:1']" in page
-        assert "FAULT" not in page
-
-    def test_a_failure_is_narrowed_down(self, narrowed):
-        bad = ["no draft was accepted"]
-        variants, page = narrowed("float32", {"layerskip": bad, "without reuse": bad})
-        assert variants == list(check_graphs.VARIANTS)
-        assert page.count("FAULT: no draft was accepted") == 2
-
-    def test_an_engine_that_does_not_start_is_narrowed_down_too(self, narrowed, capsys):
-        ends = {"layerskip": "raise", "drafts without graphs": "killed"}
-        variants, page = narrowed("float32", ends)
-        assert variants == list(check_graphs.VARIANTS)
-        assert "layerskip: no answer; FAULT: RuntimeError: capture failed" in page
-        assert "drafts without graphs: no answer; FAULT: its process ended" in page
-        assert "Traceback" in capsys.readouterr().err
-
-    def test_waits_are_named_by_their_place(self):
-        class StandIn:
-            def generate(self, prompts, params, use_tqdm):
-                places = {"torch": 7, "other": 8}
-                texts = {"torch": "called a synchronizing CUDA operation", "other": "deprecated"}
-                for name, line in places.items():
-                    warnings.warn_explicit(texts[name], UserWarning, f"/a/worker/{name}.py", line)
-                return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[1], logprobs=None)])]
-
-        assert check_graphs.answer(StandIn(), ["x"], 1, None).waits == ("worker/torch.py:7",)
-
-
-def _parse(*arguments: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return parser.parse_args([str(argument) for argument in arguments])

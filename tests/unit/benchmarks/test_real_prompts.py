@@ -1,129 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Readers, selection, prompts and statistics of real_prompts.py.
+"""Prompts, statistics, tables and processes of benchmarks.prompts.real_prompts.
 
-engine/test_real_prompts.py runs it.
+tests/engine/test_real_prompts.py runs it.
 """
 
 from __future__ import annotations
 
-import ast
-import gzip
-import json
 import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from benchmarks.prompts import (
-    held_out_functions,
-    real_prompts,
-)
+from benchmarks.engines.questions import Question
+from benchmarks.engines.settings import Settings
+from benchmarks.prompts import real_prompts
 from benchmarks.prompts import summary as prompt_summary
 from benchmarks.prompts.chats import Chats
+from benchmarks.prompts.jobs import jobs, modes_with_pairs
 from benchmarks.prompts.measure import Turn
-from benchmarks.prompts.questions import Question, read_questions, spread
+from benchmarks.prompts.records import load
+from benchmarks.prompts.tables import category_table, left_out, table
+from vllm_layerskip import embedded_checkpoint
+from vllm_layerskip.errors import UserError
+
+from .records import SPEC_BENCH, write_lines
 
 ROOT = Path(__file__).parents[3]
-
-EMBEDDED = ROOT / "vllm_layerskip" / "checkpoint"
-SPEC_BENCH = {"question_id": 81, "category": "writing", "turns": ["Write.", "Rewrite."]}
-HUMAN_EVAL = {"task_id": "HumanEval/0", "prompt": "def f():\n", "test": "", "entry_point": "f"}
-GSM8K = {"question": "How many?", "answer": "#### 3"}
-
-
-def write_lines(path, *records):
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(text.encode()))
-    else:
-        path.write_text(text)
-    return path
-
-
-class TestReaders:
-    @pytest.mark.parametrize("name", ["q.jsonl", "q.jsonl.gz"])
-    @pytest.mark.parametrize(
-        ("record", "expected"),
-        [
-            (SPEC_BENCH, Question("81", "writing", ("Write.", "Rewrite."))),
-            (HUMAN_EVAL, Question("HumanEval/0", "HumanEval", ("def f():\n",))),
-            (GSM8K, Question("1", "gsm8k", ("How many?",))),
-        ],
-        ids=["spec-bench", "humaneval", "gsm8k"],
-    )
-    def test_each_format(self, tmp_path, record, expected, name):
-        assert read_questions(write_lines(tmp_path / name, record)) == [expected]
-
-    def test_lines_of_gsm8k_have_ids_of_their_own(self, tmp_path):
-        path = write_lines(tmp_path / "q.jsonl", GSM8K, GSM8K)
-        assert [question.id for question in read_questions(path)] == ["1", "2"]
-
-    @pytest.mark.parametrize(
-        ("line", "error"),
-        [
-            ("{", "line 2: this is no JSON (.*). Correct the line"),
-            ("[]", "line 2: this is no question. A line must have turns"),
-            ('{"turns": []}', "line 2: this is no question"),
-            ('{"turns": ["a", 3]}', "line 2: this is no question"),
-            ('{"task_id": "a/1", "prompt": " "}', "line 2: this is no question"),
-            ('{"question": 7}', "line 2: this is no question"),
-            (json.dumps(HUMAN_EVAL), "id HumanEval/0 is there twice. Make ids differ"),
-        ],
-    )
-    def test_a_bad_line_is_named(self, tmp_path, line, error):
-        path = tmp_path / "q.jsonl"
-        path.write_text(f"{json.dumps(HUMAN_EVAL)}\n{line}\n")
-        with pytest.raises(ValueError, match=rf"q\.jsonl.*{error}"):
-            read_questions(path)
-
-    @pytest.mark.parametrize(
-        ("name", "content", "error"),
-        [
-            ("none.jsonl", None, "No such file"),
-            ("empty.jsonl", b"\n\n", "no question in it"),
-            ("bytes.jsonl", b"\xff\xfe\x00", "Give a readable file"),
-            ("plain.jsonl.gz", b"{}", "Give a readable file"),
-            # Without the time, so that both of pytest's workers name the tests alike.
-            ("cut.jsonl.gz", gzip.compress(b"x" * 99, mtime=0)[:-9], "Give a readable file"),
-            ("broken.jsonl.gz", gzip.compress(b"", mtime=0)[:10] + b"\xff" * 40, "readable file"),
-        ],
-    )
-    def test_a_bad_file_is_named(self, tmp_path, name, content, error):
-        if content is not None:
-            (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{name}.*{error}"):
-            read_questions(tmp_path / name)
-
-
-class TestSpread:
-    QUESTIONS = tuple(
-        Question(f"{category}{number}", category, ("?",))
-        for category, size in (("a", 6), ("b", 2), ("c", 4))
-        for number in range(size)
-    )
-
-    @pytest.mark.parametrize(
-        ("number", "sizes"),
-        [
-            (1, "a"),
-            (2, "ab"),
-            (3, "abc"),
-            (7, "aaabbcc"),
-            (10, "aaaabbcccc"),
-            (12, "a" * 6 + "bbcccc"),
-        ],
-    )
-    def test_categories_have_equal_shares(self, number, sizes):
-        chosen = spread(self.QUESTIONS, number)
-        assert Counter(question.category for question in chosen) == Counter(sizes)
-        assert [q for q in self.QUESTIONS if q in chosen] == chosen
-
-    @pytest.mark.parametrize("number", [None, 12, 99])
-    def test_all(self, number):
-        assert spread(self.QUESTIONS, number) == list(self.QUESTIONS)
+EMBEDDED = embedded_checkpoint()
 
 
 class TestChats:
@@ -237,7 +142,7 @@ class TestStatistics:
         assert Turn(turn.question, arrivals=[(3.0, 1)]).tpot_s is None
 
     def test_the_table_has_each_mode_in_each_category(self):
-        rows = real_prompts.table([self.PLAIN, self.OURS]).splitlines()[2:]
+        rows = table([self.PLAIN, self.OURS]).splitlines()[2:]
         assert [row.split(" | ")[0].strip("| ") for row in rows] == [
             "c",
             "c",
@@ -248,8 +153,8 @@ class TestStatistics:
         ]
         assert "| layerskip, E = 3, K = 5 | 2.93 | 160.0 | 2.00 | 2.18 | 2 of 2 |" in rows[1]
         records = [self.PLAIN, self.OURS]
-        assert "| c | 1 | 2 | 2.93 | 2.00 |" in real_prompts.category_table(records, speedups=True)
-        assert "| c | 1 | 2 | 2.93 |\n" in real_prompts.category_table(records, speedups=False)
+        assert "| c | 1 | 2 | 2.93 | 2.00 |" in category_table(records, speedups=True)
+        assert "| c | 1 | 2 | 2.93 |\n" in category_table(records, speedups=False)
 
     def test_spread(self):
         assert prompt_summary.runs_spread({"runs_tokens_per_s": [8.0, 10.0, 11.0]}) == 0.3
@@ -262,7 +167,7 @@ class TestStatistics:
 class TestRuns:
     def test_each_mode_runs_once_for_what_it_depends_on(self):
         pairs = [(3, 5), (9, 5), (3, 2)]
-        found = real_prompts.runs(["plain", "layerskip", "ngram"], pairs)
+        found = modes_with_pairs(["plain", "layerskip", "ngram"], pairs)
         assert found == [
             ("plain", (3, 5)),
             *(("layerskip", pair) for pair in pairs),
@@ -274,12 +179,12 @@ class TestRuns:
         long = {"question_id": 2, "category": "long", "turns": ["x = 1\n" * 400, "again"]}
         path = write_lines(tmp_path / "q.jsonl", SPEC_BENCH, long)
         argv = ["--model", str(EMBEDDED), "--questions", str(path), "--pairs", "3:5", "9:2"]
-        found = real_prompts.jobs(real_prompts.parse_args([*argv, "--max-tokens", "40"]))
+        found = jobs(real_prompts.build_parser().parse_args([*argv, "--max-tokens", "40"]))
         assert [job["mode"] for job in found] == ["plain", "layerskip", "layerskip"]
         for job in found:
             assert [question["id"] for question in job["questions"]] == ["81"]
             assert job["source"]["too_long"] == {"long": 1}
-            settings = real_prompts.Settings(**job["settings"])
+            settings = Settings(**job["settings"])
             assert settings.max_model_len == 512
             # Prompt, answer and a last step's drafts have room, also with the larger K.
             assert job["sampling"]["max_prompt_tokens"] == 512 - 40 - 5 - 1
@@ -291,7 +196,7 @@ class TestRuns:
         measured = []
 
         def run_job(job, folder):
-            settings = real_prompts.Settings(**job["settings"])
+            settings = Settings(**job["settings"])
             measured.append((job["mode"], settings.exit_layer))
             return record(
                 job["mode"], answer("81#0", 9, 4, 4, total_ms=[1], tpot_ms=[1])
@@ -312,12 +217,13 @@ class TestRuns:
         assert main("--pairs", "3:5") == 0
         assert main("--pairs", "3:5", "9:5", "--resume") == 0
         assert measured == [("plain", 3), ("layerskip", 3), ("layerskip", 9)]
-        assert main("--pairs", "3:5", "9:5", "--max-tokens", "8", "--resume") == 2
+        with pytest.raises(SystemExit, match="2"):
+            main("--pairs", "3:5", "9:5", "--max-tokens", "8", "--resume")
         assert "has other runs (plain;" in capsys.readouterr().err
         with pytest.raises(SystemExit):
             main("--pairs", "3:5")
         assert "exists. Add --resume" in capsys.readouterr().err
-        assert len(measured) == len(real_prompts.load(output)) == 3
+        assert len(measured) == len(load(output)) == 3
 
     def test_the_modes_that_do_not_fail_are_kept(self, tmp_path, monkeypatch, capsys):
         path = write_lines(tmp_path / "q.jsonl", SPEC_BENCH)
@@ -336,7 +242,7 @@ class TestRuns:
         [
             (["--modes", "layerskip"], "must include plain"),
             (["--pairs", "8"], "must be E:K, such as 8:6"),
-            (["--repeats", "0"], "--repeats must be an integer of at least 1"),
+            (["--repeats", "0"], "--repeats: '0' must be an integer of at least 1"),
             (["--pairs", "12:2"], "--pairs 12:2: E must be from 1 to 11"),
             (["--pairs", "3:0"], "K at least 1"),
             (["--max-tokens", "512"], "--max-tokens 512 leaves no room for a prompt"),
@@ -362,66 +268,13 @@ class TestRuns:
             "later_turns_left_out": {"writing": 2},
             "sampling": {"max_prompt_tokens": 458},
         }
-        text = real_prompts.left_out([one])
+        text = left_out([one])
         assert "questions of the file by their first prompt, 86 (rag 80, extraction 6)" in text
         assert "later turns, whose prompt has the answer before, 2 (writing 2)" in text
         assert "458 tokens" in text
         empty = one | {"questions": {"too_long": {}}, "later_turns_left_out": {}}
-        assert real_prompts.left_out([empty]) == "Nothing was left out."
+        assert left_out([empty]) == "Nothing was left out."
 
     def test_another_kind_of_file_is_refused(self):
-        with pytest.raises(ValueError, match=r"cpu-1b\.json is no result file of real_prompts"):
-            real_prompts.load(ROOT / "benchmarks" / "results" / "cpu-1b.json")
-
-
-class TestHeldOutFunctions:
-    SOURCE = '''\
-import os
-
-def plain(x):
-    "One line."
-    return x
-
-def undocumented():
-    return 1
-
-def nothing_but_a_docstring():
-    """Nothing."""
-
-class Shelf:
-    def method(self, y=(1,
-                        2)):
-        """Two
-        lines.
-        """
-        for z in y:
-            yield z
-'''
-
-    def test_signature_and_docstring_and_the_body_behind_them(self):
-        plain, method = held_out_functions.functions("json/encoder", self.SOURCE)
-        assert plain == {
-            "task_id": "json/encoder/plain-3",
-            "prompt": 'def plain(x):\n    "One line."\n',
-            "canonical_solution": "    return x\n",
-            "entry_point": "plain",
-        }
-        assert method["prompt"].startswith("    def method(self, y=(1,\n")
-        assert method["prompt"].endswith('        lines.\n        """\n')
-        assert method["canonical_solution"] == "        for z in y:\n            yield z\n"
-
-    def test_questions_of_the_running_python_are_whole_functions_of_many_modules(self, tmp_path):
-        script = [sys.executable, "-m", "benchmarks.prompts.held_out_functions", "30"]
-        text = subprocess.run(script, capture_output=True, text=True, check=True).stdout
-        path = tmp_path / "functions.jsonl"
-        path.write_text(text)
-        questions = read_questions(path)
-        assert len(questions) == 30
-        assert len({question.category for question in questions}) >= 15
-        for line in text.splitlines():
-            function = json.loads(line)
-            source = "if 1:\n " + (function["prompt"] + function["canonical_solution"]).replace(
-                "\n", "\n "
-            )
-            (definition,) = ast.parse(source).body[0].body
-            assert definition.name == function["entry_point"]
+        with pytest.raises(UserError, match=r"cpu-1b\.json is no result file of real_prompts"):
+            load(ROOT / "benchmarks" / "results" / "cpu-1b.json")

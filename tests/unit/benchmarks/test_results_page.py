@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.pages import write_results
+from benchmarks.pages.figures import draw_figures
 from benchmarks.pages.tables import with_tables
-from benchmarks.prompts.real_prompts import load
+from benchmarks.prompts.records import load
 from benchmarks.prompts.summary import outputs_differ, summarize
 
 ROOT = Path(__file__).parents[3]
@@ -24,7 +25,7 @@ def test_the_pages_tables_are_the_commands():
 
 
 def test_the_figures_are_the_commands(tmp_path):
-    for path in write_results.draw_figures(tmp_path):
+    for path in draw_figures(write_results.PROMPTS, tmp_path):
         committed = write_results.FIGURES / path.name
         assert path.read_bytes() == committed.read_bytes(), path.name
         assert f"figures/{path.name})" in write_results.PAGE.read_text(encoding="utf-8")

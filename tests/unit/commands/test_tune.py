@@ -18,11 +18,15 @@ import pytest
 
 import vllm_layerskip
 from vllm_layerskip.commands import main as cli
+from vllm_layerskip.commands.tune import settings_of
 from vllm_layerskip.config.options import resolve_options
 from vllm_layerskip.evaluation.agreement import Agreement
-from vllm_layerskip.tuning import jobs
-from vllm_layerskip.tuning.cells import PLAIN, Row, append_rows, load_rows
-from vllm_layerskip.tuning.tune import ALL, Grid, MeasuredCells, tune
+from vllm_layerskip.tuning import process_jobs
+from vllm_layerskip.tuning.cells import Measurement, append_measurements, load_measurements
+from vllm_layerskip.tuning.grid import PLAIN, Grid
+from vllm_layerskip.tuning.measured_cells import MeasuredCells
+from vllm_layerskip.tuning.settings import ALL, PromptSettings, TuneSettings
+from vllm_layerskip.tuning.tune import tune
 
 MODEL = Path(vllm_layerskip.__file__).parent / "checkpoint"
 ROOT = Path(__file__).parents[3]
@@ -44,9 +48,9 @@ def make_agreement(exit_layers=range(1, NUM_LAYERS), num_answers=24, num_tokens=
 class Machine:
     """Measures cells as an engine on a machine with these costs would, noise included."""
 
-    def __init__(self, agreement, noise=0.0, verify=1.05, draft=0.05, layer=0.05, settings="s"):
+    def __init__(self, agreement, noise=0.0, verify=1.05, draft=0.05, layer=0.05, digest="s"):
         self.lengths = agreement.acceptance_lengths(8)
-        self.agreement, self.settings = agreement, settings
+        self.agreement, self.digest = agreement, digest
         self.verify, self.draft, self.layer, self.noise = verify, draft, layer, noise
         self.random = random.Random(0)
         self.asked = []
@@ -56,7 +60,7 @@ class Machine:
         verify = self.verify * (1 + 0.02 * batch_size * (k + 1))
         return verify + k * (self.draft + e * self.layer) * (1 + 0.02 * batch_size) + 0.002 * e * e
 
-    def row(self, cell, batch_size):
+    def measurement(self, cell, batch_size):
         e, k = cell
         if cell == PLAIN:
             step_ms, length = 1.0 + 0.02 * batch_size, 1.0
@@ -65,8 +69,8 @@ class Machine:
             length = self.lengths[self.agreement.exit_layers.index(e), k - 1]
         step_ms *= 1 + self.random.uniform(-self.noise, self.noise)
         speed = 1e3 * batch_size * length / step_ms
-        return Row(
-            self.settings, e, k, batch_size, round(speed, 3), round(step_ms, 4), round(length, 4),
+        return Measurement(
+            self.digest, e, k, batch_size, round(speed, 3), round(step_ms, 4), round(length, 4),
             10, 9, 20, f"{speed:.2f}", "a b c", 1.0,
         )  # fmt: skip
 
@@ -74,13 +78,13 @@ class Machine:
         def measure_cells(cells):
             for cell in cells:
                 self.asked.append(cell)
-                yield from (self.row(cell, batch_size) for batch_size in batch_sizes)
+                yield from (self.measurement(cell, batch_size) for batch_size in batch_sizes)
 
         return measure_cells
 
 
 def run(tmp_path, machine, grid, num_measured):
-    measured = MeasuredCells(tmp_path / "cells.csv", machine.settings, grid.batch_sizes)
+    measured = MeasuredCells(tmp_path / "cells.csv", machine.digest, grid.batch_sizes)
     measure = machine.measure(grid.batch_sizes)
     return tune(grid, machine.agreement, measured, measure, num_measured)
 
@@ -101,10 +105,10 @@ def test_the_choice_is_within_10_percent_of_the_best_cell_of_a_full_sweep(tmp_pa
     agreement = make_agreement(seed=seed)
     chosen = run(tmp_path, Machine(agreement, noise=0.02, **costs), grid, 4).choice
     quiet = Machine(agreement, **costs)
-    speeds = {cell: quiet.row(cell, 1).tokens_per_s for cell in grid.cells}
+    speeds = {cell: quiet.measurement(cell, 1).tokens_per_s for cell in grid.cells}
     cell = (chosen.exit_layer, chosen.num_speculative_tokens)
     assert speeds[cell] >= 0.9 * max(speeds.values())
-    assert chosen.pays == (speeds[cell] > 1.02 * quiet.row(PLAIN, 1).tokens_per_s)
+    assert chosen.pays == (speeds[cell] > 1.02 * quiet.measurement(PLAIN, 1).tokens_per_s)
 
 
 def test_a_few_cells_are_measured_and_all_of_them_only_if_asked(tmp_path):
@@ -119,7 +123,7 @@ def test_a_few_cells_are_measured_and_all_of_them_only_if_asked(tmp_path):
     assert again.asked == []
     run(tmp_path, again, grid, ALL)
     assert sorted(again.asked) == sorted(set(grid.cells) - set(machine.asked))
-    assert len(load_rows(tmp_path / "cells.csv")) == 2 * (11 * 8 + 1)
+    assert len(load_measurements(tmp_path / "cells.csv")) == 2 * (11 * 8 + 1)
 
 
 def test_predictions_are_near_what_is_measured(tmp_path):
@@ -157,25 +161,25 @@ def prompts(tmp_path):
 
 @pytest.fixture
 def fake_processes(monkeypatch):
-    """Engines and models of ``jobs.run_job`` replaced; returns the jobs that were run."""
-    ran = []
+    """Engines and models of ``process_jobs.run_job`` replaced; returns the requests that came."""
+    requests = []
 
-    def run_job(job, device, log):
-        ran.append(job)
-        settings = job["job"]["settings"]
-        if job["kind"] == "agreement":
+    def run_job(request, device, log):
+        requests.append(request)
+        job = request["job"]
+        if request["kind"] == "agreement":
             agreement = make_agreement(job["exit_layers"])
-            agreement.save(Path(job["path"]), settings)
+            agreement.save(Path(request["path"]), job["settings_digest"])
             yield {"num_tokens": agreement.num_tokens}
             return
-        machine = Machine(make_agreement(), settings=settings)
-        for cell in job["job"]["cells"]:
-            for batch_size in job["job"]["load"]["batch_sizes"]:
-                row = machine.row(tuple(cell), batch_size)
-                yield vars(replace(row, outputs=" ".join("abcd")))
+        machine = Machine(make_agreement(), digest=job["settings_digest"])
+        for cell in job["cells"]:
+            for batch_size in job["workload"]["batch_sizes"]:
+                measurement = machine.measurement(tuple(cell), batch_size)
+                yield replace(measurement, outputs=" ".join("abcd")).to_dict()
 
-    monkeypatch.setattr(jobs, "run_job", run_job)
-    return ran
+    monkeypatch.setattr(process_jobs, "run_job", run_job)
+    return requests
 
 
 def command(checkpoint, prompts, tmp_path, *more):
@@ -208,7 +212,7 @@ def test_the_command_writes_what_auto_reads(checkpoint, prompts, tmp_path, fake_
     assert "plain, batch 64" in shown.err
     assert (tmp_path / "results" / "map.png").read_bytes().startswith(b"\x89PNG")
     # One process a cell: plain, 5 of the fit, 4 best.
-    cells = [job["job"]["cells"] for job in fake_processes if job["kind"] == "cells"]
+    cells = [asked["job"]["cells"] for asked in fake_processes if asked["kind"] == "cells"]
     assert all(len(process) == 1 for process in cells)
     assert len(cells) == 1 + 5 + 4
 
@@ -239,14 +243,25 @@ def test_a_roofline_needs_no_engine_and_kept_statistics_no_weights(
     checkpoint, prompts, tmp_path, fake_processes, capsys
 ):
     assert command(checkpoint, prompts, tmp_path, "--hardware", "h100", "--dry-run") == 0
-    assert [job["kind"] for job in fake_processes] == ["agreement"]
-    assert fake_processes[0]["generator"] == "transformers"
+    assert [asked["kind"] for asked in fake_processes] == ["agreement"]
+    assert fake_processes[0]["job"]["generator"] == "transformers"
     assert "(predicted)" in capsys.readouterr().out
     (checkpoint / "model.safetensors").unlink()
     kept = tmp_path / "results" / "agreement.npz"
     more = ("--hardware", "l4", "--dry-run", "--agreement", kept)
     assert command(checkpoint, prompts, tmp_path, *more) == 0
     assert len(fake_processes) == 1
+
+
+def test_given_statistics_must_have_the_exit_layers(
+    checkpoint, prompts, tmp_path, fake_processes, capsys
+):
+    make_agreement([2, 3]).save(tmp_path / "kept.npz", "other settings")
+    more = ("--hardware", "l4", "--dry-run", "--agreement", tmp_path / "kept.npz")
+    assert command(checkpoint, prompts, tmp_path, *more, "--exit-layers", "2-4") == 2
+    assert "has no exit layers [4]; it has [2, 3]" in capsys.readouterr().err
+    assert command(checkpoint, prompts, tmp_path, *more, "--exit-layers", "3") == 0
+    assert fake_processes == []
 
 
 def test_where_drafting_does_not_pay_the_tool_says_so(
@@ -258,6 +273,20 @@ def test_where_drafting_does_not_pay_the_tool_says_so(
     block = json.loads((checkpoint / "config.json").read_text())["layerskip"]
     assert block["num_speculative_tokens_per_batch_size"] == [[1, 1, 0]]
     assert block["num_speculative_tokens"] >= 1
+
+
+def test_the_commands_defaults_are_the_librarys():
+    parser = cli.build_parser()
+    args = parser.parse_args(["tune", "--model", "m", "--prompts", "p.jsonl"])
+    assert settings_of(args) == TuneSettings("m", PromptSettings(Path("p.jsonl")))
+
+
+def test_a_missing_package_is_named_with_its_extra(
+    checkpoint, prompts, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "vllm_layerskip.tuning.plan", None)
+    assert command(checkpoint, prompts, tmp_path) == 2
+    assert "pip install 'vllm-layerskip[train]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -285,6 +314,7 @@ def test_where_drafting_does_not_pay_the_tool_says_so(
         (("--agreement", "no.npz"), ("--agreement no.npz", "no file of agreement")),
         (("--draft-vocab", "no.json"), ("--draft-vocab", "cannot be read")),
         (("--engine-args", "3"), ("JSON object",)),
+        (("--accelerator-type", "H100"), ("--accelerator-type H100 needs --ray",)),
         (("--num-measured", "few"), ("'few'", "'all'")),
     ],
     ids=repr,
@@ -337,14 +367,14 @@ class TestCheckAgainstASweep:
             }  # fmt: skip
             for folder in (choice, sweep):
                 (folder / "report.json").write_text(json.dumps(report))
-            row = Machine(make_agreement()).row(PLAIN, 1)
-            rows = [
-                replace(row, exit_layer=e, num_speculative_tokens=k, tokens_per_s=speed)
+            one = Machine(make_agreement()).measurement(PLAIN, 1)
+            measured = [
+                replace(one, exit_layer=e, num_speculative_tokens=k, tokens_per_s=speed)
                 for (e, k), speed in speeds.items()
             ]
             # Another run's rows in the same file do not count.
-            rows.append(replace(rows[-1], settings="other", tokens_per_s=1e6))
-            append_rows(sweep / "cells.csv", rows)
+            measured.append(replace(measured[-1], settings_digest="other", tokens_per_s=1e6))
+            append_measurements(sweep / "cells.csv", measured)
             command = [sys.executable, "-m", "benchmarks.pages.check_tuning"]
             return subprocess.run(
                 [*command, str(choice), str(sweep)], capture_output=True, text=True, check=False
@@ -366,5 +396,5 @@ class TestCheckAgainstASweep:
 
     def test_a_sweep_with_holes_is_none(self, check):
         process = check((2, 1), {c: s for c, s in self.SPEEDS.items() if c != (3, 2)})
-        assert process.returncode == 1
+        assert process.returncode == 2
         assert "The sweep lacks [(3, 2)]" in process.stderr

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from vllm_layerskip.training.config import TrainConfig
@@ -15,7 +16,14 @@ from vllm_layerskip.training.tokenizer import train_tokenizer
 
 NUM_LAYERS = 4
 SEQ_LEN = 32
+OFF = {"max_layer_dropout": 0.0, "exit_loss_scale": 0.0, "rotation": 1}
+"""The recipe of plain training."""
 TEXTS = [f"def add_{i}(left, right):\n    return left + right + {i}\n" * 3 for i in range(40)]
+
+
+def small_tokenizer() -> Any:
+    texts = ["def add(left, right):\n    return left + right\n", "import os\nimport sys\n"] * 20
+    return train_tokenizer(texts, vocab_size=300, model_max_length=64)
 
 
 def write_tokenizer(folder: Path) -> Any:
@@ -85,3 +93,13 @@ def losses(run_folder: Path) -> list[float]:
     """Loss of each logged step."""
     state = json.loads((run_folder / "trainer_state.json").read_text())
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, weight in one.items():
+        assert torch.equal(weight, other[name]), name

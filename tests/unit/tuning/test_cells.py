@@ -7,53 +7,53 @@ import pytest
 
 from vllm_layerskip.errors import UserError
 from vllm_layerskip.tuning.cells import (
-    PLAIN,
-    Row,
-    append_rows,
-    load_rows,
+    Measurement,
+    append_measurements,
+    load_measurements,
     num_equal_outputs,
     output_digest,
-    settings_digest,
 )
-from vllm_layerskip.tuning.tune import Grid, MeasuredCells
+from vllm_layerskip.tuning.grid import PLAIN, Grid
+from vllm_layerskip.tuning.identity import settings_digest
+from vllm_layerskip.tuning.measured_cells import MeasuredCells
 
-ROW = Row("s1", 3, 5, 1, 123.456, 7.125, 2.5, 40, 60, 41, "120.10 123.46", "aa bb", 4.5)
+ONE = Measurement("s1", 3, 5, 1, 123.456, 7.125, 2.5, 40, 60, 41, "120.10 123.46", "aa bb", 4.5)
 GRID = Grid((3, 4), (5,), (1, 2))
 
 
 def test_rows_are_read_back_and_a_header_is_written_once(tmp_path):
     path = tmp_path / "new" / "cells.csv"
-    append_rows(path, [ROW])
-    append_rows(path, [replace(ROW, batch_size=2), replace(ROW, exit_layer=4)])
-    assert load_rows(path) == [ROW, replace(ROW, batch_size=2), replace(ROW, exit_layer=4)]
+    append_measurements(path, [ONE])
+    append_measurements(path, [replace(ONE, batch_size=2), replace(ONE, exit_layer=4)])
+    assert load_measurements(path) == [ONE, replace(ONE, batch_size=2), replace(ONE, exit_layer=4)]
     assert path.read_text().count("settings,") == 1
 
 
 @pytest.mark.parametrize("cut", range(1, 40, 3))
 def test_a_line_that_a_crash_cut_off_goes_and_the_rest_stays(tmp_path, cut):
     path = tmp_path / "cells.csv"
-    append_rows(path, [ROW, replace(ROW, batch_size=2)])
+    append_measurements(path, [ONE, replace(ONE, batch_size=2)])
     path.write_bytes(path.read_bytes()[:-cut])
-    assert load_rows(path) == [ROW]
-    append_rows(path, [replace(ROW, batch_size=4)])
-    assert load_rows(path) == [ROW, replace(ROW, batch_size=4)]
+    assert load_measurements(path) == [ONE]
+    append_measurements(path, [replace(ONE, batch_size=4)])
+    assert load_measurements(path) == [ONE, replace(ONE, batch_size=4)]
     assert len(path.read_text().splitlines()) == 3
 
 
 def test_a_cut_off_header_is_no_file_yet(tmp_path):
     path = tmp_path / "cells.csv"
     path.write_text("settings,exit_l")
-    assert load_rows(path) == []
-    append_rows(path, [ROW])
-    assert load_rows(path) == [ROW]
+    assert load_measurements(path) == []
+    append_measurements(path, [ONE])
+    assert load_measurements(path) == [ONE]
 
 
 def test_a_mangled_line_in_the_middle_is_not_used(tmp_path):
     path = tmp_path / "cells.csv"
-    append_rows(path, [ROW, replace(ROW, batch_size=2)])
+    append_measurements(path, [ONE, replace(ONE, batch_size=2)])
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([lines[0], lines[1].replace("123.456", "fast"), lines[2]]))
-    assert load_rows(path) == [replace(ROW, batch_size=2)]
+    assert load_measurements(path) == [replace(ONE, batch_size=2)]
 
 
 @pytest.mark.parametrize("content", ["a,b\n1,2\n", "hello\nthere", b"\xff\n"])
@@ -62,29 +62,29 @@ def test_another_file_is_refused_and_left_alone(tmp_path, content):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     before = path.read_bytes()
     with pytest.raises(UserError, match="--results"):
-        load_rows(path)
+        load_measurements(path)
     assert path.read_bytes() == before
 
 
-def _rows(cells, settings="s1"):
+def _measured(cells, digest="s1"):
     for cell in cells:
         for batch_size in GRID.batch_sizes:
             speed = 100.0 if cell == PLAIN else 100.0 * cell[0] * batch_size
             yield replace(
-                ROW, settings=settings, exit_layer=cell[0], num_speculative_tokens=cell[1],
+                ONE, settings_digest=digest, exit_layer=cell[0], num_speculative_tokens=cell[1],
                 batch_size=batch_size, tokens_per_s=speed,
             )  # fmt: skip
 
 
 def test_only_missing_cells_of_the_same_settings_are_measured(tmp_path):
     path = tmp_path / "cells.csv"
-    append_rows(path, [*_rows([PLAIN, (3, 5)], "other"), *_rows([PLAIN])])
-    append_rows(path, list(_rows([(3, 5)]))[:1])  # Batch size 2 is missing.
+    append_measurements(path, [*_measured([PLAIN, (3, 5)], "other"), *_measured([PLAIN])])
+    append_measurements(path, list(_measured([(3, 5)]))[:1])  # Batch size 2 is missing.
     asked = []
 
     def measure(cells):
         asked.extend(cells)
-        return _rows(cells)
+        return _measured(cells)
 
     measured = MeasuredCells(path, "s1", GRID.batch_sizes)
     measured.measure([PLAIN, (3, 5), (4, 5)], measure)
@@ -96,20 +96,20 @@ def test_only_missing_cells_of_the_same_settings_are_measured(tmp_path):
     assert again.speedups(GRID) == {
         (3, 5, 1): 3.0, (3, 5, 2): 6.0, (4, 5, 1): 4.0, (4, 5, 2): 8.0
     }  # fmt: skip
-    assert sum(row.settings == "other" for row in load_rows(path)) == 4
+    assert sum(found.settings_digest == "other" for found in load_measurements(path)) == 4
 
 
 def test_what_was_measured_before_an_interruption_stays(tmp_path):
     path = tmp_path / "cells.csv"
 
     def interrupted(cells):
-        yield from list(_rows(cells))[:3]
+        yield from list(_measured(cells))[:3]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         MeasuredCells(path, "s1", GRID.batch_sizes).measure([PLAIN, (3, 5)], interrupted)
     measured = MeasuredCells(path, "s1", GRID.batch_sizes)
-    assert len(measured.rows) == 3
+    assert len(measured.fastest) == 3
     assert measured.missing([PLAIN, (3, 5)]) == [(3, 5)]
 
 
@@ -121,9 +121,9 @@ def test_settings_that_differ_in_anything_have_another_digest():
 
 def test_outputs_are_compared_prompt_by_prompt():
     digests = [output_digest(ids) for ids in ([1, 2], [3], [])]
-    plain = replace(ROW, outputs=" ".join(digests))
+    plain = replace(ONE, outputs=" ".join(digests))
     assert num_equal_outputs(plain, plain) == (3, 3)
-    other = replace(ROW, outputs=" ".join([digests[0], output_digest([4]), digests[2]]))
+    other = replace(ONE, outputs=" ".join([digests[0], output_digest([4]), digests[2]]))
     assert num_equal_outputs(other, plain) == (2, 3)
 
 
@@ -136,7 +136,7 @@ def test_rounds_take_turns_and_the_fastest_counts(tmp_path):
             speed = speeds[cell][order.count(cell)]
             order.append(cell)
             yield replace(
-                ROW, exit_layer=cell[0], num_speculative_tokens=cell[1], tokens_per_s=speed
+                ONE, exit_layer=cell[0], num_speculative_tokens=cell[1], tokens_per_s=speed
             )
 
     measured = MeasuredCells(path, "s1", [1], rounds=3)
@@ -156,7 +156,7 @@ def test_cells_that_are_far_behind_drop_out_after_two_rounds(tmp_path):
         asked.append(list(cells))
         for cell in cells:
             yield replace(
-                ROW, exit_layer=cell[0], num_speculative_tokens=cell[1], tokens_per_s=speeds[cell]
+                ONE, exit_layer=cell[0], num_speculative_tokens=cell[1], tokens_per_s=speeds[cell]
             )
 
     MeasuredCells(tmp_path / "cells.csv", "s1", [1], rounds=3).measure(list(speeds), measure)

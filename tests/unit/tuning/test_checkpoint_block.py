@@ -3,7 +3,6 @@
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 
@@ -57,6 +56,15 @@ def test_the_first_original_is_kept(path):
     assert sorted(p.name for p in path.parent.iterdir()) == [path.name, backup.name]
 
 
+def test_the_backup_has_the_originals_permissions_and_time(path):
+    os.utime(path, ns=(10**18, 10**18))
+    path.chmod(0o440)
+    backup = write_config(path, {"num_hidden_layers": 1}, backup=True)
+    assert backup.stat().st_mode & 0o777 == 0o440
+    assert backup.stat().st_mtime_ns == 10**18
+    assert path.stat().st_mode & 0o777 == 0o440
+
+
 def test_another_file_is_written_without_a_backup(tmp_path):
     assert write_config(tmp_path / "new.json", CONFIG, backup=False) is None
     assert [p.name for p in tmp_path.iterdir()] == ["new.json"]
@@ -67,7 +75,7 @@ def test_a_failure_leaves_the_old_file_whole(path, monkeypatch, call):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(*((Path, call) if call == "replace" else (os, call)), fail)
+    monkeypatch.setattr(os, call, fail)
     with pytest.raises(UserError, match=r"No space left on device.*--output FILE.*--dry-run"):
         write_config(path, {"num_hidden_layers": 2}, backup=False)
     assert json.loads(path.read_text()) == CONFIG

@@ -56,6 +56,12 @@ def test_a_narrow_range_is_still_met_where_it_was_measured(exit_layers, drafts):
         assert fitted == pytest.approx(step.seconds, rel=1e-4)
 
 
+def test_parts_that_steps_do_not_tell_apart_share_the_time():
+    (parts,) = fit_costs([MeasuredStep(4, 6, 1, 0.3)], {1: 1.0}).by_batch_size.values()
+    shares = (parts.verify_s, 6 * parts.draft_s, 24 * parts.layer_s)
+    assert shares == pytest.approx((0.1, 0.1, 0.1), rel=1e-6)
+
+
 def test_the_worst_error_is_that_of_the_worst_step():
     steps = _steps([(1, 1), (1, 8), (11, 1), (11, 8)], 1, 2e-3, 1e-3, 5e-4)
     steps.append(MeasuredStep(6, 4, 1, 2 * (2e-3 + 4 * 4e-3)))

@@ -8,7 +8,7 @@ import pytest
 
 import vllm_layerskip
 from vllm_layerskip.errors import UserError
-from vllm_layerskip.tuning.prompts import Prompt, encode_prompts, read_prompts, spread
+from vllm_layerskip.tuning.prompts import Prompt, encode_prompts, evenly_spaced, read_prompts
 
 MODEL = str(Path(vllm_layerskip.__file__).parent / "checkpoint")
 
@@ -26,6 +26,12 @@ def test_spec_bench_gives_first_turns_and_categories(tmp_path):
     ]
     path = _file(tmp_path, "question.jsonl", "\n".join(map(json.dumps, records)))
     assert read_prompts(path) == [Prompt("Write.", "writing"), Prompt("Who?", "qa")]
+
+
+def test_only_the_first_turn_must_be_a_text(tmp_path):
+    assert read_prompts(_file(tmp_path, "q.jsonl", '{"turns": ["Write.", 3]}')) == [
+        Prompt("Write.")
+    ]
 
 
 def test_json_lines_and_plain_lines(tmp_path):
@@ -68,9 +74,9 @@ def test_a_folder_is_no_file(tmp_path):
 
 def test_a_part_is_spread_over_the_whole_file():
     prompts = [Prompt(str(number)) for number in range(480)]
-    chosen = [int(prompt.text) for prompt in spread(prompts, 6)]
+    chosen = [int(prompt.text) for prompt in evenly_spaced(prompts, 6)]
     assert chosen == [0, 80, 160, 240, 320, 400]
-    assert spread(prompts[:3], 6) == prompts[:3]
+    assert evenly_spaced(prompts[:3], 6) == prompts[:3]
 
 
 def test_encoding_as_the_server_does_it_and_leaving_out_the_long_ones():
@@ -97,5 +103,5 @@ def test_the_chat_template_wraps_prompts():
 def test_encoding_errors(tmp_path):
     with pytest.raises(UserError, match=r"--max-prompt-tokens 1: none of 1 prompts .* Raise it"):
         encode_prompts([Prompt("def f(x): return x")], MODEL, 1, chat=False)
-    with pytest.raises(UserError, match=r"--model .*: its tokenizer could not be read"):
+    with pytest.raises(UserError, match=r"--model .*: no tokenizer could be read"):
         encode_prompts([Prompt("a")], str(tmp_path), 1, chat=False)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from vllm_layerskip.errors import UserError
-from vllm_layerskip.tuning.ray_jobs import Cluster, check_facts, one_type
+from vllm_layerskip.tuning.ray_jobs import RayNodes, check_facts, one_type
 
 H100 = {"GPU": 8, "CPU": 16, "accelerator_type:H100": 1}
 A100 = {"GPU": 8, "CPU": 16, "accelerator_type:A100": 1}
@@ -52,14 +52,14 @@ def test_a_row_of_another_machine_or_version_is_refused(name, value):
 
 
 def test_a_task_has_the_gpus_of_its_engine_and_a_process_of_its_own():
-    options = Cluster("cuda", "NVIDIA H100", "H100").task_options(4)
+    options = RayNodes("cuda", "NVIDIA H100", "H100").task_options(4)
     assert (options["num_gpus"], options["accelerator_type"]) == (4, "H100")
     assert options["max_calls"] == 1
     assert options["max_retries"] > 0
 
 
 def test_on_cpus_a_task_has_a_node():
-    options = Cluster("cpu", "a CPU", cpus_per_task=64).task_options(1)
+    options = RayNodes("cpu", "a CPU", cpus_per_task=64).task_options(1)
     assert options["num_cpus"] == 64
     assert "num_gpus" not in options
     assert options["runtime_env"]["env_vars"]["TRITON_INTERPRET"] == "1"

@@ -2,21 +2,22 @@
 """torch functions in place of the Triton kernels that every step launches.
 
 On a CPU Model Runner V2's Triton kernels run in Triton's interpreter: row by row and block
-by block in Python, about a millisecond a row. Those of a plain or a LayerSkip step are
-replaced through vLLM's own ``register_kernels``, so that times on a CPU are the model's:
+by block in Python, about a millisecond a row. Functions here
+replace those of a plain or a LayerSkip step, through vLLM's own ``register_kernels``, so that
+times on a CPU are the model's:
 
 * ``batch``: a batch's positions, slots, token ids and counts;
-* ``sampling``: over the whole vocabulary of every sampled token;
-* ``verification``: over the whole vocabulary of every draft;
+* ``sampling``: work over the whole vocabulary for every sampled token;
+* ``verification``: work over the whole vocabulary for every draft;
 * ``randomness``: vLLM's and Triton's random bits, so that seeds keep their meaning.
 
 Two of them do not run in the interpreter at all (``_topk_topp_kernel`` and, with
-probabilistic drafts, ``_resample_kernel``). ``_gather_block_tables_kernel`` stays: how much
-it writes is said by the launch grid alone, which a replacement is not given.
+probabilistic drafts, ``_resample_kernel``). ``_gather_block_tables_kernel`` stays: only
+the launch grid says how much it writes, and a replacement is not given the grid.
 
-Only for a CPU in interpret mode; ``tests/unit/cpu/test_kernels.py`` holds each function
-against the kernel that it replaces. A function's parameters are those of the kernel's that
-it uses, by the kernel's own names; a tensor stands for a pointer.
+Only for a CPU in interpret mode; ``tests/unit/cpu/test_kernels.py`` compares each
+function with the kernel that it replaces. A function takes the kernel's parameters that it uses,
+by the kernel's own names; a tensor stands for a pointer.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from vllm_layerskip.host import check, version
 logger = logging.getLogger("vllm.layerskip.cpu_kernels")
 
 KNOWN_KERNELS = (0, 32)
-"""The (major, minor) of vLLM whose kernels these functions were held against: a kernel may keep
-its parameters and change its meaning."""
+"""The (major, minor) of vLLM whose kernels these functions were compared with: a kernel may
+keep its parameters and change its meaning."""
 
 _GPU = "vllm.v1.worker.gpu"
 _REJECTION = f"{_GPU}.spec_decode.rejection_sampler_utils"
@@ -64,13 +65,13 @@ REPLACEMENTS: dict[str, Callable[..., None]] = {
     f"{_REJECTION}:_resample_kernel": verification.resample,
     f"{_REJECTION}:_insert_resampled_kernel": verification.insert_resampled,
 }
-"""What is replaced, as ``module:kernel``, and by what."""
+"""The replaced kernels, as ``module:kernel``, and what replaces them."""
 
 
 def register() -> None:
     """Have vLLM launch these functions instead of the kernels, in this process.
 
-    Kernels of another vLLM than 0.32 are left alone; so is one that lacks a parameter.
+    Kernels of another vLLM than 0.32, and kernels that lack a parameter, are left alone.
     """
     from vllm.triton_utils import dispatcher
 
@@ -86,16 +87,16 @@ def register() -> None:
             logger.debug("%s stays in Triton's interpreter: %s", path, error)
     if launches:
         with warnings.catch_warnings():
-            # It looks at every attribute of every module, deprecated ones too.
+            # register_kernels looks at every attribute of every module, deprecated ones too.
             warnings.simplefilter("ignore", FutureWarning)
             dispatcher.register_kernels(launches)
 
 
 def launcher(arg_names: tuple[str, ...], function: Callable[..., None]) -> Callable[..., None]:
-    """``function`` behind a kernel's own parameters, by position or by name.
+    """``function`` with a kernel's own parameters, by position or by name.
 
     Raises:
-        TypeError: the kernel lacks a parameter of ``function``'s.
+        TypeError: the kernel lacks a parameter of ``function``.
     """
     used = tuple(inspect.signature(function).parameters)
     if not set(used) <= set(arg_names):

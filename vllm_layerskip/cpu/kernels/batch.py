@@ -51,7 +51,7 @@ def compute_slot_mappings(
 
 def prepare_pos_seq_lens(
     pos_ptr: torch.Tensor,  # [>= T], written
-    seq_lens_ptr: torch.Tensor,  # [S], written; 0 behind the batch
+    seq_lens_ptr: torch.Tensor,  # [S], written; 0 after the batch
     idx_mapping_ptr: torch.Tensor,  # [R]
     query_start_loc_ptr: torch.Tensor,  # [R + 1]
     num_computed_tokens_ptr: torch.Tensor,  # [S]
@@ -88,7 +88,7 @@ def combine_sampled_and_draft_tokens(
 
     seq_lens, prefill_lens = seq_lens_ptr[:num_reqs], prefill_len_ptr[requests]
     if NUM_NEW_SAMPLED_TOKENS > 0:
-        # Of a prompt's tail the tokens are known already.
+        # The tokens of a prompt's tail are known already.
         generated = (seq_lens > prefill_lens) & (seq_lens - num_logits >= prefill_lens)
         sampled = last_sampled_tokens_ptr.view(-1)[requests[generated]]
         input_ids_ptr[first_logits[generated].long()] = sampled.to(input_ids_ptr.dtype)
@@ -192,12 +192,12 @@ def prepare_first_drafts(
 
 
 def advance_drafts(
-    idx_mapping_ptr: torch.Tensor,  # [S], of the batch's rows, written; -1 drafts nothing
+    idx_mapping_ptr: torch.Tensor,  # [S], the batch's rows written; -1 drafts nothing
     input_ids_ptr: torch.Tensor,  # [>= R], written
     positions_ptr: torch.Tensor,  # [>= R], written
     seq_lens_ptr: torch.Tensor,  # [>= R], written
     sampled_ptr: torch.Tensor,  # [R]; undefined where nothing is drafted
-    draft_tokens_ptr: torch.Tensor,  # [S], of the batch's rows, written
+    draft_tokens_ptr: torch.Tensor,  # [S], the batch's rows written
     num_reqs: int,
     max_model_len: int,
 ) -> None:
@@ -215,9 +215,9 @@ def advance_drafts(
 
 
 def prepare_verify_plan(
-    idx_mapping_out_ptr: torch.Tensor,  # [S], of the batch's rows, written
-    query_start_loc_out_ptr: torch.Tensor,  # [S + 1], of the batch's rows, written
-    slot_mappings_out_ptr: torch.Tensor,  # [G, S], of the batch's rows, written
+    idx_mapping_out_ptr: torch.Tensor,  # [S], the batch's rows written
+    query_start_loc_out_ptr: torch.Tensor,  # [S + 1], the batch's rows written
+    slot_mappings_out_ptr: torch.Tensor,  # [G, S], the batch's rows written
     idx_mapping_ptr: torch.Tensor,  # [num_requests]
     slot_mappings_ptr: torch.Tensor,  # [G, T]
     num_requests: int,
@@ -259,7 +259,7 @@ def gather_exit_states(
     last_residual_ptr: torch.Tensor,  # [R, H]
     num_speculative_tokens: int,
 ) -> None:
-    """Each row's stored states and the passed in last one; zeros for padding."""
+    """Each row's stored states, then the last one, which is passed in; zeros for padding."""
     num_reqs, hidden_size = len(idx_mapping_ptr), hidden_states_out_ptr.shape[1]
     is_request = (idx_mapping_ptr >= 0)[:, None, None]
     requests = idx_mapping_ptr.clamp(min=0).long()
@@ -284,6 +284,6 @@ def _ragged(lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _int32_at(address: int, num_rows: int, row_stride: int) -> torch.Tensor:
-    """``[num_rows, row_stride]`` int32 that lie at an address, not copied."""
+    """``[num_rows, row_stride]`` int32 at an address, not copied."""
     pointer = ctypes.cast(address, ctypes.POINTER(ctypes.c_int32))
     return torch.from_numpy(np.ctypeslib.as_array(pointer, (num_rows, row_stride)))

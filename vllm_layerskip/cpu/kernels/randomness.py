@@ -71,7 +71,7 @@ def philox_uniform(
     seed: torch.Tensor,  # [...]
     offset: torch.Tensor,  # [...]
 ) -> torch.Tensor:
-    """float32 in [0, 1) of seed and offset, as ``triton.language.rand`` draws it.
+    """float32 in [0, 1) from seed and offset, as ``triton.language.rand`` draws it.
 
     Philox4x32-10 (Salmon et al., 2011) with the offset as counter and the seed as key.
     """

@@ -102,7 +102,7 @@ def report_winners(
     local_max: torch.Tensor,  # [T, B], written
     local_argmax: torch.Tensor,  # [T, B], written
 ) -> None:
-    """A row's largest logit, reported as that of its first block."""
+    """Report a row's largest logit as that of its first block."""
     winner, token_ids = logits.max(dim=-1)
     local_max.fill_(-float("inf"))
     local_max[:, 0] = winner

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Accepting drafts (``vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils``).
 
-Where a kernel reduces the vocabulary by blocks, these report a row's result as that of its
-first block and leave the other blocks neutral.
+Where a kernel reduces the vocabulary by blocks, these functions report a row's result as
+that of its first block and leave the other blocks neutral.
 
 Shapes: R rows (requests) of a batch, N logits (those of a row are adjacent: one for each draft
 and one for the bonus token), S request slots, K drafts, V the vocabulary, B its blocks.
@@ -162,7 +162,7 @@ def _residual_mass(
     ratio: torch.Tensor,  # [R, K]
     target_log_p: torch.Tensor,  # [R, K]
 ) -> torch.Tensor:
-    """``[R, K]``: what the residual distribution after each draft sums to."""
+    """``[R, K]``: the sum of the residual distribution after each draft."""
     if local_residual_mass is not None:
         next_rows = (rows + 1).clamp(max=len(local_residual_mass) - 1)
         return local_residual_mass.sum(1)[next_rows]
@@ -244,7 +244,7 @@ def resample(
 
 def insert_resampled(
     sampled_ptr: torch.Tensor,  # [R, K + 1], written
-    num_sampled_ptr: torch.Tensor,  # [R], the accepted drafts; written
+    num_sampled_ptr: torch.Tensor,  # [R], number of accepted drafts; written
     resampled_local_argmax_ptr: torch.Tensor,  # [R, B]
     resampled_local_max_ptr: torch.Tensor,  # [R, B]
     cu_num_logits_ptr: torch.Tensor,  # [R + 1]
@@ -255,7 +255,7 @@ def insert_resampled(
     rows = cu_num_logits_ptr[:-1] + num_accepted
     is_bonus = rows == cu_num_logits_ptr[1:] - 1
     temperature = temp_ptr[expanded_idx_mapping_ptr[rows].long()]
-    # A greedy row's argmax stands there already.
+    # A greedy row has its argmax there already.
     inserts = ((temperature != 0) | is_bonus).nonzero().view(-1)
     largest = resampled_local_max_ptr.masked_fill(resampled_local_max_ptr.isnan(), -float("inf"))
     winners = resampled_local_argmax_ptr.gather(1, largest.argmax(1, keepdim=True)).view(-1)

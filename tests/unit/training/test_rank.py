@@ -154,7 +154,7 @@ def test_two_workers_of_ray_train_as_one(alone, folder, monkeypatch):
             plan,
             data=dataclasses.replace(plan.data, train=Source(files=(str(folder / "none"),))),
         )
-        with pytest.raises(UserError, match="data.train.files: .*none is no file"):
+        with pytest.raises(UserError, match="data.train.files .*none: there is no such file"):
             train(missing, num_workers=2, overwrite=True)
     finally:
         ray.shutdown()

@@ -1,26 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Result files as Markdown: ``python -m benchmarks.decode.report benchmarks/results/*.json``.
+"""Result files as Markdown: ``python -m benchmarks.pages.report benchmarks/results/*.json``.
 
-Every table names its file, commit, versions and GPU, so that no figure stands without a source.
+Every file's tables come with their commit, versions, machine and command.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.decode.summary import HEADER, cells, model_name, rows
-from benchmarks.engines.results import Record, command_today, load_records
-from benchmarks.serve.summary import SERVE_HEADER, is_serve_record, serve_cells
+from benchmarks.decode.summary import HEADER, columns, decode_results, model_name
+from benchmarks.engines.command_line import make_parser, mistakes_reported
+from benchmarks.engines.markdown import markdown
+from benchmarks.engines.results import Record, command_today, load_existing
+from benchmarks.serve.summary import SERVE_HEADER, is_serve_record, serve_columns
 
 
 def report(path: Path, bandwidth: float | None = None) -> str:
-    """The tables of one result file, one for each model."""
-    records = load_records(path)
+    """The tables of one result file, one for each model.
+
+    Raises:
+        UserError: the file does not exist, or is no result file.
+    """
+    records = load_existing(path)
     parts = [f"## {path.name}"]
     by_model = sorted(records, key=model_name)
     for name, group in groupby(by_model, key=model_name):
@@ -34,10 +39,10 @@ def _tables(records: list[Record], bandwidth: float | None) -> Iterable[str]:
     decode = [record for record in records if not is_serve_record(record)]
     if decode:
         yield " ".join([_caption(decode), *_notes(decode)])
-        yield markdown(HEADER, map(cells, rows(decode, bandwidth)))
+        yield markdown(HEADER, map(columns, decode_results(decode, bandwidth)))
         yield from _engines(decode)
     if serve:
-        yield markdown(SERVE_HEADER, map(serve_cells, serve))
+        yield markdown(SERVE_HEADER, map(serve_columns, serve))
 
 
 def _caption(records: Sequence[Record]) -> str:
@@ -52,24 +57,24 @@ def _caption(records: Sequence[Record]) -> str:
 
 
 def _notes(records: Sequence[Record]) -> Iterable[str]:
-    """What was said of the settings, once each."""
+    """The records' notes on their settings, each once."""
     return dict.fromkeys(record["note"] for record in records if "note" in record)
 
 
 def _engines(records: Sequence[Record]) -> Iterable[str]:
-    """What each engine took to start and to hold."""
+    """Each engine's start time and memory."""
     header = ("mode", "setting", "start s", "weights GB", "draft weights GB", "KV cache GB",
               "KV cache tokens", "exit states MB", "GPU GB used")  # fmt: skip
     seen: dict[tuple[str, str], list[str]] = {}
-    for row in rows(records):
-        engine = row.record.get("engine")
+    for result in decode_results(records):
+        engine = result.record.get("engine")
         if engine is not None and "memory" in engine:
-            seen.setdefault((row.mode, row.setting), _engine_cells(engine))
+            seen.setdefault((result.mode, result.setting), _engine_columns(engine))
     if seen:
         yield markdown(header, [[*key, *values] for key, values in seen.items()])
 
 
-def _engine_cells(engine: dict[str, Any]) -> list[str]:
+def _engine_columns(engine: dict[str, Any]) -> list[str]:
     memory = engine["memory"]
 
     def size(name: str, unit: float) -> str:
@@ -87,7 +92,7 @@ def _engine_cells(engine: dict[str, Any]) -> list[str]:
 
 
 def _source(records: Sequence[Record]) -> str:
-    """Machine, commits, versions and commands behind the tables."""
+    """Machines, commits, versions and commands of the tables."""
     lines = []
     for facts in _distinct(record["provenance"] for record in records):
         gpu = facts["gpu"]
@@ -113,23 +118,14 @@ def _distinct(all_facts: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(known.values())
 
 
-def markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *body]
-    # A log's bars and line ends must not become cells.
-    clean = [[" ".join(cell.replace("|", "/").split()) for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in clean)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--bandwidth", type=float, help="TB/s of the GPU, for the limits.")
     parser.add_argument("--output", type=Path, help="Markdown file; default: standard output.")
     args = parser.parse_args()
-    text = "\n\n".join(report(path, args.bandwidth) for path in args.files) + "\n"
+    with mistakes_reported(parser):
+        text = "\n\n".join(report(path, args.bandwidth) for path in args.files) + "\n"
     if args.output is None:
         sys.stdout.write(text)
     else:

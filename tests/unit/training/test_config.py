@@ -91,10 +91,10 @@ lora: {r: 8}
         ("[1, 2]", "the file must be a mapping"),
         ("", "the file must be a mapping"),
         ("a: [", "this is no YAML"),
-        (MINIMAL.replace("{path: base}", "{}"), "model: give either path"),
+        (MINIMAL.replace("{path: base}", "{}"), "model: give exactly one of path"),
         (
             MINIMAL.replace("{path: base}", "{path: a, model_type: llama}"),
-            "model: give either path",
+            "model: give exactly one of path",
         ),
         (MINIMAL.replace("{path: base}", "{model_type: llama}"), "model.tokenizer: .*needs one"),
         (

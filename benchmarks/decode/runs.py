@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every kind of measurement shares: its cells, its time limit, its summary."""
+"""What measuring vLLM and transformers share: the time limit, and the summary of the runs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import psutil
 from vllm_layerskip.measuring.timing import Window
 
 Emit = Callable[[dict[str, Any]], None]
-Point = tuple[int, int]
-"""Prompt length, batch size."""
+"""Takes a record as soon as its cell is measured."""
 
 
 @dataclass

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modes side by side: limits, prompts, the table's figures, its processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.decode import compare, limits, prompts, summary
+from benchmarks.engines import results
+from vllm_layerskip import embedded_checkpoint
+from vllm_layerskip.errors import UserError
+
+from .records import decode_record, parse_settings, tiny_settings
+
+ROOT = Path(__file__).parents[3]
+EMBEDDED = embedded_checkpoint()
+
+
+def test_limits_before_anything_is_run():
+    """The draft vocabulary lifts the 8B shape's limit at batch 1 from 1.72 to 1.95."""
+    tables = [
+        limits.limits(parse_settings("--preset", name), "NVIDIA H200")
+        for name in ("8b", "8b-vocab32k")
+    ]
+    assert [table.splitlines()[2].split(" | ")[3] for table in tables] == ["1.72", "1.95"]
+    schedule = parse_settings("--preset", "7b-cnndm", "--schedule", "[[1, 8, 12], [9, 32, 0]]")
+    last = limits.limits(schedule, "NVIDIA H200").splitlines()[-1]
+    assert last.split(" | ")[1:6:2] == ["32", "1.00", "1.00"]
+
+
+class TestPrompts:
+    def test_random_prompts_are_the_same_every_time(self):
+        first, again = (
+            prompts.make_prompts("random", 3, 20, 100, Path("unused")) for _ in range(2)
+        )
+        assert first == again
+        assert [len(ids) for ids in first] == [20] * 3
+        assert all(3 <= token < 100 for ids in first for token in ids)
+
+    def test_held_out_python(self):
+        made = prompts.make_prompts("python", 4, 50, 1024, EMBEDDED)
+        assert [len(ids) for ids in made] == [50] * 4
+        assert len({tuple(ids) for ids in made}) == 4
+        assert {ids[0] for ids in made} == {0}
+
+    def test_a_file_in_spec_benchs_form(self, tmp_path):
+        file = tmp_path / "questions.jsonl"
+        turns = ["def main(): " * 20, "second turn"]
+        file.write_text("\n".join([json.dumps({"turns": turns}), json.dumps({"prompt": "x = 1"})]))
+        (ids,) = prompts.make_prompts(str(file), 1, 16, 1024, EMBEDDED)
+        assert len(ids) == 16
+        with pytest.raises(UserError, match="has 1 texts of 16 tokens; 2 are needed"):
+            prompts.make_prompts(str(file), 2, 16, 1024, EMBEDDED)
+
+
+class TestTable:
+    def test_speedup_and_what_was_reached_of_the_limit(self):
+        plain, ours = summary.decode_results(
+            [decode_record("plain", 1, 300.0), decode_record("layerskip", 1, 600.0)]
+        )
+        assert (plain.speedup, ours.speedup) == (1.0, 2.0)
+        # A little below the 2.22 of an empty KV cache.
+        assert 2.19 < ours.speedup_limit < 2.22
+        assert ours.speedup_reached == pytest.approx(2.0 / ours.speedup_limit)
+        assert plain.tokens_reached == pytest.approx(300 / 359, rel=0.01)
+        assert ours.reused == "9 / 10"
+
+    def test_plain_decoding_is_everyones_baseline(self):
+        """It depends on no speculation setting, and on batch size and prompt length."""
+        other = decode_record("layerskip", 1, 450.0)
+        other["settings"] = other["settings"] | {
+            "num_speculative_tokens": 6,
+            "schedule": [[1, 1, 6]],
+        }
+        larger = decode_record("layerskip", 4, 450.0)
+        by_record = summary.decode_results([decode_record("plain", 1, 300.0), other, larger])
+        assert [result.speedup for result in by_record] == [1.0, 1.5, None]
+
+    def test_what_was_not_measured_says_why(self):
+        missing = {"status": "no-room", "reason": "90 KV slots of 50"}
+        (result,) = summary.decode_results([decode_record("plain", 128, 1.0, **missing)])
+        columns = summary.columns(result)
+        assert "no-room: 90 KV slots of 50" in columns
+        assert len(columns) == len(summary.HEADER)
+
+
+class TestCompare:
+    """Its processes, with a stand-in for benchmarks.decode.measure."""
+
+    @pytest.fixture
+    def run(self, tmp_path, monkeypatch):
+        def run(body: str, time_limit: float | None = None) -> list[results.Record]:
+            script = tmp_path / "measure.py"
+            script.write_text("import sys, time\n" + body)
+            monkeypatch.setattr(compare, "MEASURE", (str(script),))
+            monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+            monkeypatch.setattr(compare, "STOP_MARGIN_S", 0.5)
+            output = tmp_path / "results.json"
+            deadline = None if time_limit is None else time.monotonic() + time_limit
+            one = compare.ModeProcess("plain", tiny_settings())
+            options = compare.RunOptions(deadline)
+            compare.run_mode(one, output, tmp_path / "plain.log", options)
+            return results.load_records(output)
+
+        return run
+
+    ADD = """
+from pathlib import Path
+from benchmarks.engines.results import add_record
+settings = {"shape": None, "model": "x", "device": "cpu"}
+record = {"kind": "decode", "mode": "plain", "settings": settings, "status": "ok",
+          "prompt_len": 1, "batch_size": 1, "tokens_per_s": 1.0, "step_ms": 1.0}
+add_record(Path(sys.argv[sys.argv.index("--output") + 1]), record)
+"""
+
+    def test_a_failed_mode_leaves_its_error_and_what_it_measured(self, run):
+        records = run(self.ADD + "sys.exit('no GPU')")
+        assert [record["status"] for record in records] == ["ok", "error"]
+        assert "no GPU" in records[1]["error"]
+
+    def test_a_mode_is_killed_at_the_time_limit(self, run):
+        start = time.monotonic()
+        records = run(self.ADD + "time.sleep(60)", time_limit=3)
+        assert time.monotonic() - start < 30
+        assert [record["status"] for record in records] == ["ok", "no-time"]
+
+    def test_no_mode_is_begun_without_time(self, run):
+        (record,) = run(self.ADD, time_limit=0.5)
+        assert (record["status"], record["reason"]) == ("no-time", "the table's time limit")
+
+    def test_modes_with_drafts_run_once_for_each_k(self):
+        settings = parse_settings("--preset", "7b-cnndm")
+        table = compare.mode_processes(["plain", "layerskip"], settings, [12, 6])
+        assert [one.name for one in table] == ["plain-k12", "layerskip-k12", "layerskip-k6"]
+        assert table[2].settings.synthetic_acceptance_length < 9.27
+
+
+class TestTrainingText:
+    def test_copies_of_held_out_passages_stay_out(self, tmp_path):
+        from vllm_layerskip.files.corpus import Corpus, with_packages
+
+        lines = [f"value_{i} = {i}" for i in range(12)]
+        corpus = Corpus({"a.py": "x = 1\n"}, {"held.py": "\n".join(lines)})
+        texts = {"copy": ["import os", *(f"    {line}\n" for line in lines)], "own": ["y = 2"] * 9}
+        for name, text in texts.items():
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "module.py").write_text("\n".join(text))
+        more = with_packages(corpus, [tmp_path], 10_000)
+        assert sorted(more.train) == ["a.py", "packages/own/module.py"]
+        assert with_packages(corpus, [tmp_path], 1).train == corpus.train
