@@ -19,8 +19,13 @@ from typing import Any
 
 from benchmarks.engines.command_line import make_parser, mistakes_reported
 from vllm_layerskip.errors import UserError, first_line
-from vllm_layerskip.tuning.cells import PLAIN, Row, least_disturbed, load_rows
-from vllm_layerskip.tuning.tune import CELLS_FILE
+from vllm_layerskip.tuning.cells import (
+    CELLS_FILE,
+    Measurement,
+    least_disturbed,
+    load_measurements,
+)
+from vllm_layerskip.tuning.grid import PLAIN
 
 TOLERANCE = 0.10
 
@@ -31,8 +36,8 @@ class Comparison:
 
     batch_size: int
     plain: float
-    best: Row
-    chosen: Row
+    best: Measurement
+    chosen: Measurement
 
     @property
     def loss(self) -> float:
@@ -40,7 +45,7 @@ class Comparison:
         return 1 - self.chosen.tokens_per_s / self.best.tokens_per_s
 
     def __str__(self) -> str:
-        def figures(row: Row) -> str:
+        def figures(row: Measurement) -> str:
             name = "E={} K={}".format(*row.cell)
             ratio = row.tokens_per_s / self.plain
             return f"{name}, {row.tokens_per_s:.1f} tokens/s ({ratio:.3f} x plain)"
@@ -67,7 +72,7 @@ def chosen_cell(report: dict[str, Any], batch_size: int) -> tuple[int, int]:
     return (choice["exit_layer"], drafts) if drafts else PLAIN
 
 
-def compare(report: dict[str, Any], rows: Iterable[Row]) -> list[Comparison]:
+def compare(report: dict[str, Any], rows: Iterable[Measurement]) -> list[Comparison]:
     """A comparison for each batch size of the choice.
 
     Raises:
@@ -110,7 +115,9 @@ def compare_folders(choice: Path, sweep: Path) -> list[Comparison]:
     settings = {row["settings"] for row in _read_report(sweep)["measured"]}
     if settings != {row["settings"] for row in report["measured"]}:
         raise UserError("The two were measured under different settings. Run both alike.")
-    return compare(report, [r for r in load_rows(sweep / CELLS_FILE) if r.settings in settings])
+    return compare(
+        report, [r for r in load_measurements(sweep / CELLS_FILE) if r.settings_digest in settings]
+    )
 
 
 def main() -> int:

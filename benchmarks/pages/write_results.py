@@ -23,8 +23,13 @@ from benchmarks.pages.tables import ROOT, Tables, write_tables
 from benchmarks.prompts.records import load
 from benchmarks.prompts.summary import label, runs_spread, speedup_range, summarize
 from benchmarks.prompts.tables import category_table, equal_answers, left_out, two_digits
-from vllm_layerskip.tuning.cells import PLAIN, Row, least_disturbed, load_rows
-from vllm_layerskip.tuning.tune import CELLS_FILE
+from vllm_layerskip.tuning.cells import (
+    CELLS_FILE,
+    Measurement,
+    least_disturbed,
+    load_measurements,
+)
+from vllm_layerskip.tuning.grid import PLAIN
 
 PAGE = ROOT / "docs" / "results.md"
 FIGURES = ROOT / "docs" / "figures"
@@ -152,11 +157,15 @@ def tuning_table() -> str:
         return "No run is committed yet."
     report = json.loads((TUNING / "choice" / "report.json").read_text(encoding="utf-8"))
     digests = {row["settings"] for row in report["measured"]}
-    rows = [row for row in load_rows(TUNING / "sweep" / CELLS_FILE) if row.settings in digests]
+    rows = [
+        row
+        for row in load_measurements(TUNING / "sweep" / CELLS_FILE)
+        if row.settings_digest in digests
+    ]
     return "\n\n".join(_tuning_at(found, rows) for found in compare(report, rows))
 
 
-def _tuning_at(found: Comparison, rows: Sequence[Row]) -> str:
+def _tuning_at(found: Comparison, rows: Sequence[Measurement]) -> str:
     rows = [row for row in rows if row.batch_size == found.batch_size]
     cells = [row for (cell, _), row in least_disturbed(rows).items() if cell != PLAIN]
     best = sorted(cells, key=lambda row: row.tokens_per_s, reverse=True)[:5]

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from checkpoints import load_reference, random_llama
+from unit.evaluation.reference import accepted_runs
 
-from vllm_layerskip.evaluation.scores import accepted_runs, greedy_draft_matches
+from vllm_layerskip.evaluation.predictions import generate_greedily, measure_agreement
 
 PROMPTS = [[0, *range(3, 3 + length)] for length in (4, 21, 40)]
 
@@ -68,10 +68,10 @@ def test_acceptance_equals_the_reference_draft_for_draft(
 ):
     """The engine accepts, step by step, what transformers' forward pass says it should."""
     num_new_tokens = 60
-    matches = greedy_draft_matches(
-        load_reference(checkpoint), torch.tensor([prompts[0]]), num_new_tokens
-    )
-    row = matches[exit_layer - 1, 0].tolist()[1:]
+    model = load_reference(checkpoint)
+    answers = generate_greedily(model, [prompts[0]], num_new_tokens, ())
+    agreement = measure_agreement(model, [prompts[0]], answers, (exit_layer,))
+    (row,) = agreement.matches[0].tolist()
     expected = accepted_runs(row, num_speculative_tokens)
     engine = pool.layerskip(checkpoint, exit_layer, num_speculative_tokens)
     with engine.counting() as counts:

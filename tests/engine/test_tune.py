@@ -14,15 +14,10 @@ from pathlib import Path
 import pytest
 
 from vllm_layerskip.config.options import resolve_options
-from vllm_layerskip.tuning.cells import PLAIN, load_rows, num_equal_outputs
-from vllm_layerskip.tuning.measure import (
-    CellJob,
-    EngineSettings,
-    Load,
-    batch_groups,
-    generate,
-    measure_cells,
-)
+from vllm_layerskip.tuning.cells import load_measurements, num_equal_outputs
+from vllm_layerskip.tuning.grid import PLAIN
+from vllm_layerskip.tuning.jobs import CellJob, EngineSettings, Workload
+from vllm_layerskip.tuning.measure import batch_groups, generate, measure_cells
 
 ROOT = Path(__file__).parents[2]
 CELL = (3, 4)
@@ -43,7 +38,7 @@ def test_a_cell_is_measured_as_it_was_predicted(checkpoint: Path, prompts: list[
         kv_cache_memory_bytes=16 << 20,
         engine_args={"max_num_batched_tokens": 256},
     )
-    load = Load(
+    load = Workload(
         prompts=tuple(map(tuple, prompts[:4])),
         max_tokens=80,
         stop_token_ids=(1,),
@@ -111,7 +106,7 @@ def test_from_prompts_to_auto(
     )  # fmt: skip
     shown = run_tune(*command)
     report = json.loads((results / "report.json").read_text())
-    rows = load_rows(results / "cells.csv")
+    rows = load_measurements(results / "cells.csv")
     measured = {row.cell for row in rows}
     assert PLAIN in measured
     assert {(2, 1), (2, 5), (6, 1), (6, 5), (4, 3)} < measured
@@ -149,7 +144,7 @@ def test_on_a_ray_cluster(checkpoint: Path, tmp_path: Path) -> None:
         "--num-measured", 0, "--enforce-eager", "--cells-per-process", 3, "--results", results,
     )  # fmt: skip
     run_tune(*command)
-    rows = load_rows(results / "cells.csv")
+    rows = load_measurements(results / "cells.csv")
     (plain,) = (row for row in rows if row.cell == PLAIN)
     assert {row.cell for row in rows} > {(3, 1), (3, 2), (6, 1), (6, 2)}
     for row in rows:
@@ -159,7 +154,7 @@ def test_on_a_ray_cluster(checkpoint: Path, tmp_path: Path) -> None:
     lines = (results / "cells.csv").read_text().splitlines(keepends=True)
     (results / "cells.csv").write_text("".join(lines[:-1]))
     run_tune(*command)
-    again = load_rows(results / "cells.csv")
+    again = load_measurements(results / "cells.csv")
     # The others were not measured again.
     assert again[:-1] == rows[:-1]
     assert again[-1].cell == rows[-1].cell

@@ -54,7 +54,7 @@ def asks_for_layerskip(request: Mapping[str, Any] | None) -> bool:
     """Whether a ``speculative_config`` is ours to handle.
 
     Raises:
-        ValueError: the request mixes keys of LayerSkip with another method or model.
+        ValueError: the request is neither wholly LayerSkip's nor wholly plain vLLM's.
     """
     if not request:
         return False

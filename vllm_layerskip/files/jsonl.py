@@ -22,7 +22,7 @@ def json_value(line: str | bytes, where: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: this is no JSON ({error}).") from None
+        raise UserError(f"{where}: this is no JSON ({error}). Correct the line.") from None
 
 
 def jsonl_text(line: str, where: str, text_field: str) -> str:

@@ -22,11 +22,15 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Give a draft beside ``path`` to write to; without an error it replaces ``path``.
 
     The new file has the permissions of the old one. A process that is killed leaves its draft,
-    whose name ends with ``UNFINISHED``.
+    whose name ends with ``UNFINISHED``. A pipe or a device (``/dev/stdout``) cannot be replaced and
+    is written to as it is.
 
     Raises:
         OSError: the folder does not exist or cannot be written.
     """
+    if path.exists() and not path.is_file():
+        yield path
+        return
     draft = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
     try:
         yield draft

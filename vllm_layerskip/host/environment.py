@@ -9,8 +9,7 @@ ALLOW_UNTESTED = "LAYERSKIP_ALLOW_UNTESTED_VLLM"
 """Lets LayerSkip run on a vLLM that it was not tested on, if its contacts fit."""
 
 DRAFT_GRAPHS = "LAYERSKIP_DRAFT_GRAPHS"
-"""0 runs drafts without CUDA graphs and verification with them, to find out which graphs are at
-fault."""
+"""0 runs drafts without CUDA graphs and keeps verification's, to find out which are at fault."""
 
 
 def flag(name: str, default: bool) -> bool:

@@ -247,7 +247,7 @@ class LayerSkipForCausalLM(ExitHead, Decoder, nn.Module):
             hidden_states, residual = self._reuse_exit_states(input_ids, positions, plan)
         if get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE:
             # A piecewise graph reads its inputs where they were at capture. By then, the next
-            # graph may own the memory of the early stage's last one.
+            # graph may own the memory of the early stage's last graph.
             num_tokens = positions.shape[0]
             hidden_states = self._late_stage_inputs[0, :num_tokens].copy_(hidden_states)
             residual = self._late_stage_inputs[1, :num_tokens].copy_(residual)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from vllm_layerskip.errors import UserError
-from vllm_layerskip.tuning.grid import PLAIN as PLAIN
 from vllm_layerskip.tuning.grid import Cell
 
 CELLS_FILE = "cells.csv"
@@ -52,10 +51,6 @@ class Measurement:
     @property
     def cell(self) -> Cell:
         return self.exit_layer, self.num_speculative_tokens
-
-    @property
-    def settings(self) -> str:  # Until benchmarks/pages says settings_digest.
-        return self.settings_digest
 
     def to_dict(self) -> dict[str, Any]:
         """Values by their names in files."""
@@ -156,8 +151,3 @@ def num_equal_outputs(measurement: Measurement, plain: Measurement) -> tuple[int
     """How many prompts' outputs equal plain decoding's, and of how many."""
     pairs = list(zip(measurement.outputs.split(), plain.outputs.split(), strict=True))
     return sum(ours == theirs for ours, theirs in pairs), len(pairs)
-
-
-# Until benchmarks/pages and tests/engine have the new names.
-Row = Measurement
-load_rows = load_measurements

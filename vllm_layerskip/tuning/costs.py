@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import nnls  # type: ignore[import-untyped]
+from scipy.optimize import nnls
 
 from vllm_layerskip.errors import UserError
 from vllm_layerskip.measuring.hardware import GPUS, find_by_part

@@ -26,7 +26,6 @@ from vllm_layerskip.tuning.jobs import CellJob, EngineSettings, Workload
 if TYPE_CHECKING:
     from vllm import LLM
 
-Load = Workload  # Until tests/engine has the new name.
 Prompt = tuple[int, ...]
 """Token ids."""
 

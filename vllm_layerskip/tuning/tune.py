@@ -18,7 +18,6 @@ from functools import cached_property
 
 from vllm_layerskip.errors import UserError
 from vllm_layerskip.evaluation.agreement import Agreement
-from vllm_layerskip.tuning.cells import CELLS_FILE as CELLS_FILE  # Until benchmarks/pages does.
 from vllm_layerskip.tuning.cells import Measurement
 from vllm_layerskip.tuning.costs import (
     Costs,

@@ -45,7 +45,7 @@ class DraftHead:
         model: a ``LayerSkipForCausalLM`` whose weights are loaded.
         draft_vocab: the ids of the D rows.
         draft_logits: ``[S, K, V]``, the speculator's cache of the logits that drafts were
-            sampled from; None if drafts are argmaxes; then ``compute_logits`` is not called.
+            sampled from; None if drafts are argmaxes: ``compute_logits`` is not called then.
 
     Raises:
         ValueError: the LM head is no plain matrix.

@@ -12,9 +12,13 @@ def test_a_value_is_read_as_it_is():
     assert json_value('"é"'.encode(), "f, line 1") == "é"
 
 
-@pytest.mark.parametrize("line", ["{", "", "'a'", b"\xff", "[" * 100_000], ids=repr)
+@pytest.mark.parametrize(
+    "line", ["{", "", "'a'", b"\xff", "[" * 100_000], ids=lambda line: repr(line[:9])
+)
 def test_what_is_no_json_is_named_with_its_place(line):
-    with pytest.raises(UserError, match=r"^f\.jsonl, line 7: this is no JSON \(.+\)\.$"):
+    with pytest.raises(
+        UserError, match=r"^f\.jsonl, line 7: this is no JSON \(.+\)\. Correct the line\.$"
+    ):
         json_value(line, "f.jsonl, line 7")
 
 

@@ -61,6 +61,16 @@ def test_a_process_that_dies_leaves_what_was_there(tmp_path):
     assert path.read_text() == "new"
 
 
+def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with subprocess.Popen(["cat", path], stdout=subprocess.PIPE, text=True) as reader:
+        write_text(path, "through")
+        assert reader.communicate(timeout=60)[0] == "through"
+    assert path.is_fifo()
+    assert names(tmp_path) == ["pipe"]
+
+
 def test_a_folder_takes_the_place_of_an_older_one(tmp_path):
     for name, content in (("new", "2"), ("model", "1")):
         (tmp_path / name).mkdir()
