@@ -179,7 +179,7 @@ SUPPORTED_ARCHITECTURES: dict[str, LayerSkipModel] = {
         "glm4:Glm4Model",
         "glm4:Glm4DecoderLayer",
         families="GLM-4-0414, GLM-Z1 (9B, 32B)",
-        differs="norms behind each block, partial rotary embeddings",
+        differs="norms after each block, partial rotary embeddings",
     ),
     "ApertusForCausalLM": _model(
         "others",
@@ -207,7 +207,7 @@ SUPPORTED_ARCHITECTURES: dict[str, LayerSkipModel] = {
         "hyperclovax:HyperCLOVAXModel",
         "hyperclovax:HyperCLOVAXDecoderLayer",
         families="HyperCLOVA X SEED (text)",
-        differs="multipliers as in Granite, norms behind each block",
+        differs="multipliers as in Granite, norms after each block",
     ),
     "Exaone4ForCausalLM": _model(
         "stream",
@@ -215,7 +215,7 @@ SUPPORTED_ARCHITECTURES: dict[str, LayerSkipModel] = {
         "exaone4:Exaone4Model",
         "exaone4:Exaone4DecoderLayer",
         families="EXAONE 4.0",
-        differs="norms behind each block only, interleaved sliding windows, full-attention "
+        differs="norms after each block only, interleaved sliding windows, full-attention "
         "layers without rotary embedding",
     ),
     "StableLmForCausalLM": _model(

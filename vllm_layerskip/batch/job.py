@@ -45,9 +45,9 @@ class Summary:
     num_output_tokens: int
     num_rows_of_this_run: int
     seconds: float
-    """Of this run, with the start of the engines."""
+    """Wall time of this run, the start of the engines included."""
     output_tokens_per_s: float
-    """Of this run."""
+    """Output tokens of this run, per second."""
     acceptance_length: float | None
     """Mean tokens per verification, of this run; None if nothing is drafted, or with Ray."""
 

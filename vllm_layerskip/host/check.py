@@ -105,8 +105,8 @@ def require_supported_vllm() -> None:
                 f"{problem} To try this one at your own risk, set {ALLOW_UNTESTED}=1."
             )
         logger.warning(
-            "LayerSkip was not tested on vLLM %s, and %s=1 lets it run. It checks that the names it "
-            "uses exist, not that they mean the same. Compare its greedy outputs with plain "
+            "LayerSkip was not tested on vLLM %s, and %s=1 lets it run. It checks that the names "
+            "it uses exist, not that they mean the same. Compare its greedy outputs with plain "
             "decoding's.",
             version.vllm_version(),
             ALLOW_UNTESTED,

@@ -235,7 +235,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_bytes(num_exits, loss_of=run, vocab_size=4096, num_tokens=1024, num_layers=8):
-    """Of a forward and backward pass over 2 * num_tokens tokens; logits dominate it."""
+    """Peak memory of a forward and backward pass over 2 * num_tokens tokens; logits dominate it."""
     shape = {"num_hidden_layers": num_layers, "vocab_size": vocab_size, "hidden_size": 16}
     model = make_model("llama", attn_implementation="sdpa", **shape)
     for parameter in model.parameters():
