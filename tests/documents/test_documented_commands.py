@@ -14,7 +14,7 @@ from markdown import all_blocks
 QUICK = ("benchmarks.decode.limits", "benchmarks.pages.report", "vllm-layerskip draft-vocab")
 """A block is quick if each of its commands is one of these."""
 ELSEWHERE = {
-    "docs/adding-an-architecture.md": "engine/test_third_party_model.py, from the page's text",
+    "docs/adding-an-architecture.md": "engine/exactness/test_third_party_model.py",
 }
 """Documents whose code another test takes from them."""
 

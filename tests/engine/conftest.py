@@ -4,18 +4,15 @@
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from checkpoints import EMBEDDED, random_llama
+from engines import EnginePool
+from vllm.tokenizers.registry import cached_get_tokenizer
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from checkpoints import EMBEDDED, random_llama  # noqa: E402
-from engines import EnginePool  # noqa: E402
-
-from vllm_layerskip.files.corpus import held_out_prompts, load_stdlib  # noqa: E402
+from vllm_layerskip.files.corpus import held_out_prompts, load_stdlib
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +20,8 @@ def pool() -> Iterator[EnginePool]:
     pool = EnginePool()
     yield pool
     pool.close()
+    # An engine with prompt embeddings adds a token to the tokenizer that later engines would get.
+    cached_get_tokenizer.cache_clear()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 """The session of a GPU lease: a part that fails, hangs or is cut off costs the others nothing.
 
 Sessions run in processes of their own, since a session ends every descendant that it has.
-tests/engine/test_benchmarks.py rehearses the real parts.
+tests/engine/commands/test_benchmarks.py rehearses the real parts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts, statistics, tables and processes of benchmarks.prompts.real_prompts.
 
-tests/engine/test_real_prompts.py runs it.
+tests/engine/commands/test_real_prompts.py runs it.
 """
 
 from __future__ import annotations

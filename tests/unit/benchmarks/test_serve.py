@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serving under load: which questions are asked. tests/engine/test_benchmarks.py serves them."""
+"""Serving under load: which questions are asked. engine/commands/test_benchmarks.py serves them."""
 
 from __future__ import annotations
 

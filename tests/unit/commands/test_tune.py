@@ -2,7 +2,7 @@
 """Catch a tuner that misses the best cell, measures what it has, or lets a bad option through.
 
 Engines are replaced at the process boundary by a machine with known costs; the real ones run in
-tests/engine/test_tune.py.
+tests/engine/commands/test_tune.py.
 """
 
 import json

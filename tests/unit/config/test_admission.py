@@ -89,7 +89,9 @@ def test_vllms_default_is_valid(engine_args, setting: Setting):
 
 def test_the_tests_that_the_features_page_names_exist():
     tests = FEATURES.parents[1] / "tests"
-    named = re.findall(r"`((?:unit|engine)/test_\w+)(?:::(test_\w+))?`", FEATURES.read_text())
+    named = re.findall(
+        r"`((?:unit|engine)/(?:\w+/)*test_\w+)(?:::(test_\w+))?`", FEATURES.read_text()
+    )
     assert len(named) > 20
     for file, function in named:
         path = tests / f"{file}.py"

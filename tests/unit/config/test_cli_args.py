@@ -192,7 +192,7 @@ SPELLINGS = {
 
 
 def test_vllm_serve_makes_the_same_engine_of_every_spelling(checkpoint):
-    """Through the parser of `vllm serve` itself; tests/engine/test_serve.py starts servers."""
+    """Through the parser of `vllm serve` itself; engine/serving/test_serve.py starts servers."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser

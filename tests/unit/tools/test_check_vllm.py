@@ -4,18 +4,14 @@ that would not see that: the tool must see in the installed vLLM what Python see
 
 import inspect
 import json
-import sys
 import zipfile
 from pathlib import Path
 
+import check_vllm
 import pytest
+from check_vllm import NotFound, Resolver, Signature, Sources, inspect_sources
 
 from vllm_layerskip.host import check, contacts, version
-
-sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
-
-import check_vllm  # noqa: E402
-from check_vllm import NotFound, Resolver, Signature, Sources, inspect_sources  # noqa: E402
 
 DATA = Path(__file__).parent / "data"
 RECORDED = {

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Catch a measurement that counts other tokens, steps or outputs than its engine's.
 
-The engine is replaced where its steps are recorded; real ones run in tests/engine/test_tune.py.
+The engine is replaced where its steps are recorded; real ones run in
+tests/engine/commands/test_tune.py.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 replay of the draft graph and of the reuse graph.
 
 On a CPU the graphs are tapes (``stand_in_graphs.py``); on a GPU the same tests run on CUDA graphs
-and compiled stages: ``python -m pytest tests/engine/test_cuda_graphs.py``.
+and compiled stages: ``python -m pytest tests/engine/graphs/test_cuda_graphs.py``.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's normal settings: bfloat16, its own choice of attention, torch.compile, FULL and
 PIECEWISE CUDA graphs, async scheduling. Tokens of bfloat16 depend on batch shapes, so these tests
-check acceptance; ``tests/engine/test_cuda_graphs.py`` checks equal tokens, in float32."""
+check acceptance; ``tests/engine/graphs/test_cuda_graphs.py`` checks equal tokens, in float32."""
 
 import pytest
 import torch

@@ -2,7 +2,7 @@
 """A broken checkpoint ends the start with an error that says what is wrong.
 
 Damaged weight files, and blocks of a wrong type: ``unit/config/test_weight_files`` and
-``unit/config/test_options``. A worker that dies: ``engine/test_deployment``.
+``unit/config/test_options``. A worker that dies: ``engine/serving/test_deployment``.
 """
 
 from __future__ import annotations

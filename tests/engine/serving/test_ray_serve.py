@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from checkpoints import EMBEDDED
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MAX_TOKENS = 24
 
 

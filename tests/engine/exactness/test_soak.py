@@ -4,8 +4,9 @@ behind, and memory stays flat.
 
 Catches what only a mixture shows: slots and blocks that change hands between drafting and
 verification, batch-size schedules that switch drafting off and on, preempted and aborted
-requests, answers that end inside of a draft. ``python -m pytest -m slow tests/engine/test_soak.py``
-runs the long version.
+requests, answers that end inside of a draft. The long version:
+
+    python -m pytest -m slow tests/engine/exactness/test_soak.py
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CPU = ("--dtype", "float32", "--device", "cpu", "--enforce-eager")
 
 

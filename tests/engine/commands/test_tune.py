@@ -19,7 +19,7 @@ from vllm_layerskip.tuning.grid import PLAIN
 from vllm_layerskip.tuning.jobs import CellJob, EngineSettings, Workload
 from vllm_layerskip.tuning.measure import batch_groups, generate, measure_cells
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CELL = (3, 4)
 
 

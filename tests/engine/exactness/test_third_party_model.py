@@ -17,7 +17,7 @@ from engines import ENGINE_DEFAULTS
 from families import random_checkpoint
 from processes import HERE, python_path, run_script
 
-RECIPE = Path(__file__).parents[2] / "docs" / "adding-an-architecture.md"
+RECIPE = Path(__file__).parents[3] / "docs" / "adding-an-architecture.md"
 PROMPTS = [[0, *range(3, 3 + length)] for length in (4, 21, 40)]
 MAX_TOKENS = 24
 

@@ -2,7 +2,7 @@
 """Drafting, verify planning and the forward with reuse never wait for the device.
 
 Catches a host read that would make every step wait for the GPU and undo async scheduling. On
-a GPU: ``python -m pytest -m gpu tests/engine/test_no_sync.py``.
+a GPU: ``python -m pytest -m gpu tests/engine/graphs/test_no_sync.py``.
 """
 
 from __future__ import annotations
