@@ -5,9 +5,9 @@ import copy
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from unit.evaluation.tiny_models import random_llama
 from vllm_layerskip.evaluation.exits import exit_logits, record_exit_states
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -17,18 +17,7 @@ NUM_LAYERS, VOCAB_SIZE = 4, 48
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        initializer_range=0.1,
-    )
-    return LlamaForCausalLM(config).eval()
+    return random_llama()
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ measure: the one pass is compared with a plain draft-and-verify loop that shares
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from unit.evaluation import reference
+from unit.evaluation.tiny_models import random_llama
 from vllm_layerskip.evaluation.predictions import generate_greedily, measure_agreement
 
 NUM_LAYERS, VOCAB_SIZE, NUM_NEW_TOKENS = 4, 24, 26
@@ -19,20 +19,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def model():
     """Random, in float64 (no near ties); late layers say less, so that exits are often right."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = LlamaForCausalLM(config).double().eval()
+    no_ends = {"bos_token_id": None, "eos_token_id": None}
+    model = random_llama(vocab_size=VOCAB_SIZE, initializer_range=0.3, **no_ends).double()
     with torch.no_grad():
         for layer in model.model.layers[1:]:
             layer.self_attn.o_proj.weight *= 0.4

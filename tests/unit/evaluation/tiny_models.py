@@ -12,6 +12,7 @@ from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -36,6 +37,22 @@ FAMILIES = {
     "qwen2": Qwen2Config(**SHAPE),
     "qwen3": Qwen3Config(**SHAPE),
 }
+
+
+def random_llama(**settings: Any) -> LlamaForCausalLM:
+    """A Llama of 4 layers; the same weights for the same settings."""
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 48,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.1,
+    }
+    return LlamaForCausalLM(LlamaConfig(**shape | settings)).eval()
 
 
 def save(config: Any, folder: Path, seed: int = 0) -> Path:

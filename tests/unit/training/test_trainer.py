@@ -3,8 +3,9 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import TrainingArguments
 
+from unit.evaluation.tiny_models import random_llama
 from vllm_layerskip.evaluation.exits import record_exit_states
 from vllm_layerskip.training.recipe import Recipe
 from vllm_layerskip.training.trainer import LayerSkipTrainer
@@ -16,18 +17,7 @@ NUM_LAYERS, VOCAB_SIZE = 4, 48
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        initializer_range=0.1,
-    )
-    return LlamaForCausalLM(config).eval()
+    return random_llama()
 
 
 @pytest.fixture
