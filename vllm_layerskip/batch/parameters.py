@@ -27,7 +27,7 @@ class SamplingParameters(BaseModel):
     stop: list[Text] | None = Field(None, description="a list of texts, none of them empty")
     stop_token_ids: list[int] | None = Field(None, description="a list of token ids")
     ignore_eos: bool = Field(False, description="true or false")
-    seed: int | None = Field(None, ge=-(2**63), description="an integer")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="an integer of 64 bits")
     presence_penalty: float = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
     frequency_penalty: float = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
     repetition_penalty: float = Field(1.0, ge=1e-9, description="a number above 0")

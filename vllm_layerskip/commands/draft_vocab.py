@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vllm_layerskip.errors import UserError
+from vllm_layerskip.errors import UserError, needs_extra
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> None:
     from vllm_layerskip.config.draft_vocab import write_token_ids
     from vllm_layerskip.files.token_counts import TokenChoice, choose_tokens, coverage_table
 
+    with needs_extra("train"):
+        import transformers  # noqa: F401
     if args.output.is_dir() or not args.output.parent.is_dir():
         raise UserError(f"--output {args.output} must be a file in a folder that exists.")
     token_ids, counts = choose_tokens(

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from vllm_layerskip.errors import UserError
+from vllm_layerskip.errors import UserError, needs_extra
 from vllm_layerskip.evaluation.settings import (
     DEFAULT_SEQ_LEN,
     BeginOfSequence,
@@ -114,13 +114,9 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     _check_outputs(args)
-    try:
+    with needs_extra("train"):
         import rich  # noqa: F401
         import transformers  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"{error.name} is not installed. Install it (pip install 'vllm-layerskip[train]')."
-        ) from None
     from vllm_layerskip.evaluation import report
 
     if args.from_json is not None:

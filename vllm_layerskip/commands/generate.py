@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_layerskip.commands.arguments import json_object
 from vllm_layerskip.config.cli_args import exit_layer_argument
-from vllm_layerskip.errors import UserError
+from vllm_layerskip.errors import UserError, needs_extra
 
 if TYPE_CHECKING:
     from vllm_layerskip.batch.job import Summary
@@ -106,7 +106,8 @@ def _add_replica_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from vllm_layerskip.batch.generate import generate
+    with needs_extra("gpu"):
+        from vllm_layerskip.batch.generate import generate
 
     settings = _settings(args)
     summary = generate(settings)

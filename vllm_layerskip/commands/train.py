@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vllm_layerskip.errors import UserError
+from vllm_layerskip.errors import UserError, needs_extra
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,13 +40,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--num-workers {args.num_workers} must be at least 1.")
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite exclude each other. Pass one of them.")
-    try:
+    with needs_extra("train"):
         from vllm_layerskip.training.config import TrainConfig
 
         config = TrainConfig.from_yaml(args.config)
         from vllm_layerskip.training.run import train
-    except ImportError as error:
-        raise UserError(
-            f"{error}. Install the extra: pip install 'vllm-layerskip[train]'"
-        ) from None
     train(config, resume=args.resume, overwrite=args.overwrite, num_workers=args.num_workers)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_layerskip.commands.arguments import json_object
-from vllm_layerskip.errors import UserError
+from vllm_layerskip.errors import UserError, needs_extra
 from vllm_layerskip.tuning.settings import (
     ALL,
     DEFAULT_MEASURED,
@@ -179,14 +179,10 @@ def _num_measured(text: str) -> int:
 
 def run(args: argparse.Namespace) -> None:
     settings = settings_of(args)
-    try:
+    with needs_extra("train"):
         from vllm_layerskip.tuning.plan import make_plan
         from vllm_layerskip.tuning.report import text_report
         from vllm_layerskip.tuning.run import execute
-    except ImportError as error:
-        raise UserError(
-            f"{error}. Install the extra: pip install 'vllm-layerskip[train]'"
-        ) from None
     plan = make_plan(settings)
     result = execute(plan, _say)
     print(text_report(result))

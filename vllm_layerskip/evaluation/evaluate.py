@@ -72,7 +72,7 @@ def _device(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (AssertionError, RuntimeError) as error:
-        raise UserError(f"--device {name}: {first_line(error).rstrip('.')}.") from None
+        raise UserError(f"--device {name}: {first_line(error)}.") from None
     return name
 
 

@@ -64,7 +64,10 @@ def read_counters(llm: LLM) -> SpecDecodeCounters:
     Raises:
         ValueError: the engine keeps no statistics, or does not run LayerSkip.
     """
-    metrics: dict[str, Any] = {metric.name: metric for metric in llm.get_metrics()}
+    try:
+        metrics: dict[str, Any] = {metric.name: metric for metric in llm.get_metrics()}
+    except AssertionError:  # vLLM's, without statistics.
+        metrics = {}
     if not {f"{_PREFIX}drafts", f"{PREFIX}num_verify_steps_full"} <= metrics.keys():
         raise ValueError(
             "This engine has no counters of LayerSkip. Start it with speculative_config="

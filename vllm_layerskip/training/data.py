@@ -152,7 +152,7 @@ def _open_dataset(source: Source, key: str) -> Records:
     except Exception as error:  # The loaders of datasets raise whatever their scripts raise.
         raise UserError(
             f"{key}: {name!r} (name {source.name!r}, split {split!r}) could not be loaded: "
-            f"{first_line(error)} Give a dataset's name on the hub, or a folder; check name and "
+            f"{first_line(error)}. Give a dataset's name on the hub, or a folder; check name and "
             "split."
         ) from None
 

@@ -100,7 +100,7 @@ def check_model(
     try:
         check_decoder(build_empty(config))
     except ValueError as error:
-        raise UserError(f"model: {first_line(error)}") from None
+        raise UserError(f"model: {first_line(error)}.") from None
     num_layers = config.num_hidden_layers
     try:
         recipe.check_depth(num_layers)
@@ -182,4 +182,4 @@ def add_lora(model: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
     try:
         return get_peft_model(model, LoraConfig(**{**defaults, **lora}))
     except (TypeError, ValueError) as error:
-        raise UserError(f"lora: {first_line(error)} Correct the value.") from None
+        raise UserError(f"lora: {first_line(error)}. Correct the value.") from None

@@ -36,7 +36,8 @@ def test_every_default_is_valid_and_every_parameter_says_what_is():
         ({"stop": ["a", ""]}, "stop=['a', ''] must be a list of texts, none of them empty."),
         ({"stop_token_ids": [True]}, "stop_token_ids=[True] must be a list of token ids."),
         ({"ignore_eos": 1}, "ignore_eos=1 must be true or false."),
-        ({"seed": -(2**63) - 1}, "must be an integer."),
+        ({"seed": -(2**63) - 1}, "must be an integer of 64 bits."),
+        ({"seed": 2**63}, "must be an integer of 64 bits."),
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens=9 must be at most max_tokens=8."),
     ],
 )
@@ -47,9 +48,9 @@ def test_a_wrong_value_is_named_with_the_valid_ones(own, error):
 
 
 def test_a_rows_own_parameters_win_and_the_rest_are_defaults():
-    own = {"temperature": 1, "stop": ["a"], "seed": 2**70}
+    own = {"temperature": 1, "stop": ["a"], "seed": 2**63 - 1}
     values = merged({"temperature": 0.5, "top_k": 3}, own)
     assert values == {**merged({}, None), "temperature": 1.0, "top_k": 3} | {
         "stop": ["a"],
-        "seed": 2**70,
+        "seed": 2**63 - 1,
     }
