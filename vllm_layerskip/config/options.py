@@ -218,12 +218,12 @@ def checked_schedule(value: object, source: str) -> list[tuple[int, int, int]]:
             raise ValueError(valid)
         if any(isinstance(number, bool) or not isinstance(number, int) for number in entry):
             raise ValueError(valid)
-        first, last, num_drafts = entry
+        first, last, num_speculative_tokens = entry
         begins = first == 1 if previous_end == 0 else first > previous_end
-        if not begins or last < first or num_drafts < 0:
+        if not begins or last < first or num_speculative_tokens < 0:
             raise ValueError(valid)
         previous_end = last
-        schedule.append((first, last, num_drafts))
+        schedule.append((first, last, num_speculative_tokens))
     return schedule
 
 

@@ -55,16 +55,18 @@ class Agreement:
         drafts it would have accepted.
         """
         runs, lengths = self._runs()
-        num_drafts = np.arange(1, max_num_speculative_tokens + 1)
+        num_speculative_tokens = np.arange(1, max_num_speculative_tokens + 1)
         # One walk for each exit layer, prompt and K, all at once.
-        position = np.zeros((*runs.shape[:2], len(num_drafts)), dtype=np.int64)  # [X, P, K]
+        position = np.zeros(
+            (*runs.shape[:2], len(num_speculative_tokens)), dtype=np.int64
+        )  # [X, P, K]
         num_steps, num_tokens = np.zeros_like(position), np.zeros_like(position)
         while True:
-            whole = position + num_drafts < lengths[None, :, None]
+            whole = position + num_speculative_tokens < lengths[None, :, None]
             if not whole.any():
                 break
             at = np.minimum(position, max(runs.shape[2] - 1, 0))
-            advance = np.minimum(np.take_along_axis(runs, at, axis=2), num_drafts) + 1
+            advance = np.minimum(np.take_along_axis(runs, at, axis=2), num_speculative_tokens) + 1
             num_steps += whole
             num_tokens += np.where(whole, advance, 0)
             position += np.where(whole, advance, 0)
