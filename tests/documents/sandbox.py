@@ -14,6 +14,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from markdown import ROOT, Block
@@ -105,6 +106,8 @@ def environment(folder: Path) -> dict[str, str]:
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         "HOME": str(folder),
         "TMPDIR": str(folder),
+        # A socket's path has at most 107 characters, and pytest's folders are long.
+        "RAY_TMPDIR": tempfile.gettempdir(),
     }
 
 
