@@ -38,7 +38,9 @@ class StepCounts(NamedTuple):
 
     def after_step(self, reused: bool) -> StepCounts:
         """The counts with one step more."""
-        return StepCounts(self[0] + reused, self[1] + (not reused))
+        return StepCounts(
+            self.num_verify_steps_reused + reused, self.num_verify_steps_full + (not reused)
+        )
 
     def since(self, earlier: StepCounts) -> StepCounts:
         if any(now < before for now, before in zip(self, earlier, strict=True)):

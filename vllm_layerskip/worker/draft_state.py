@@ -7,7 +7,6 @@ all three hold the same one.
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 from vllm.config import VllmConfig
 
@@ -30,7 +29,7 @@ class DraftState:
             config.num_speculative_tokens,
             model_config.get_hidden_size(),
             model_config.dtype,
-            # The model's device while the model is built.
-            torch.get_default_device(),
+            # Not the default device: weights may be loaded on another one.
+            vllm_config.device_config.device,
         )
         self.lora_rows = None if vllm_config.lora_config is None else LoraRows(model, max_num_reqs)
