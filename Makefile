@@ -14,8 +14,13 @@ DEMO_STAMP := $(if $(GPU),$(GPU_STAMP),$(CPU_STAMP))
 
 .PHONY: demo test quality style checkpoint check-vllm clean
 
-demo: $(DEMO_STAMP)
-	$(if $(GPU),,TRITON_INTERPRET=1) $(VENV)/bin/python examples/demo.py
+# What pip and vLLM write goes to a log; the terminal has a line for each phase, and the answers.
+DEMO_LOG := $(VENV)/demo.log
+
+demo:
+	@$(PYTHON) tools/run_logged.py $(DEMO_LOG) "Setting up $(VENV) (log: $(DEMO_LOG))" \
+		$(MAKE) --no-print-directory $(DEMO_STAMP)
+	@$(if $(GPU),,TRITON_INTERPRET=1) $(VENV)/bin/python examples/demo.py --log $(DEMO_LOG)
 
 # Two processes: an engine of the tests keeps one core busy, with Python and the interpreter.
 test: $(CPU_STAMP)

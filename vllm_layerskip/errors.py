@@ -16,6 +16,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
+def one_line(error: BaseException) -> str:
+    """A library's error in one line, however many it has; its class if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 @contextmanager
 def needs_extra(extra: str) -> Iterator[None]:
     """Turn a package that is missing into an error that names our extra with it.
@@ -26,6 +31,8 @@ def needs_extra(extra: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
+        if (error.name or "").partition(".")[0] == __package__:
+            raise  # A bug of ours, which no package can mend.
         raise UserError(
             f"{error}. Install the extra: pip install 'vllm-layerskip[{extra}]'"
         ) from None

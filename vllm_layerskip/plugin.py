@@ -18,6 +18,7 @@ from vllm_layerskip.cpu.triton_interpreter import interpret_mode
 from vllm_layerskip.host import check, version
 from vllm_layerskip.host.wrap import wrap, wrap_init_speculator
 from vllm_layerskip.metrics import prometheus, step_counts
+from vllm_layerskip.worker import weight_changes
 
 logger = logging.getLogger("vllm.layerskip")
 
@@ -73,7 +74,7 @@ def _wrap_speculator() -> None:
 def _wrap_scheduler() -> None:
     from vllm.config.scheduler import SchedulerConfig
 
-    wrap(SchedulerConfig, "get_scheduler_cls", step_counts.wrap_get_scheduler_cls)
+    wrap(SchedulerConfig, "get_scheduler_cls", _get_scheduler_cls)
 
 
 def _replace_cpu_kernels() -> None:
@@ -118,6 +119,18 @@ def _create_speculative_config(original: Callable) -> Callable:
         return build_config(request, self, target_model_config, target_parallel_config)
 
     return create_speculative_config
+
+
+def _get_scheduler_cls(original: Callable) -> Callable:
+    """Wrapped because it runs in the process of the engine's core, once an engine, when the
+    executor is there and the scheduler's class is known; other processes import nothing for it."""
+    with_step_counts = step_counts.wrap_get_scheduler_cls(original)
+
+    def get_scheduler_cls(self: Any) -> Any:
+        weight_changes.watch_executors()
+        return with_step_counts(self)
+
+    return get_scheduler_cls
 
 
 def _init_speculator(original: Callable) -> Callable:

@@ -13,6 +13,7 @@ what it lacks. A mode that fails leaves its error in the file, and the others ru
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,7 +36,7 @@ from benchmarks.engines.modes import MODES, TRANSFORMERS_MODES
 from benchmarks.engines.results import OUT_OF_TIME, Record, add_record, load_records
 from benchmarks.engines.settings import Settings, add_arguments, settings_from
 from vllm_layerskip.errors import UserError
-from vllm_layerskip.measuring.processes import log_tail, logged_process
+from vllm_layerskip.measuring.processes import log_tail, logged_process, reason_of_failure
 from vllm_layerskip.measuring.provenance import COMMAND_VARIABLE, command_line, provenance
 
 DEFAULT_MODES = ("plain", "layerskip", "layerskip-no-reuse", "draft-model")
@@ -99,10 +100,9 @@ def run_mode(one: ModeProcess, output: Path, log: Path, options: RunOptions) -> 
     if not in_time:
         add_record(output, _mode_record(one, "no-time", reason="killed at the time limit"))
     elif process.returncode != 0:
-        reason = f"exit status {process.returncode}"
-        end = log_tail(log)
-        add_record(output, _mode_record(one, "error", reason=reason, error=end))
-        print(f"{one.name}: {reason}; the end of its log:", *end.splitlines()[-12:], sep="\n")
+        reason = reason_of_failure(process, log)
+        add_record(output, _mode_record(one, "error", reason=reason, error=log_tail(log)))
+        print(f"{one.name}: {reason}. Its log: {log}", flush=True)
 
 
 def _measure_command(
@@ -205,13 +205,19 @@ def main() -> None:
     parser = build_parser()
     args = parser.parse_args()
     deadline = None if args.time_limit is None else time.monotonic() + args.time_limit
-    with mistakes_reported(parser), tempfile.TemporaryDirectory() as scratch:
+    with mistakes_reported(parser):
         table = table_from(args)
-        output = args.output or Path(scratch) / "results.json"
+        scratch = Path(tempfile.mkdtemp(prefix="compare-"))
+        output = args.output or scratch / "results.json"
         records = run_table(table, output, RunOptions(deadline, args.fresh_cache, args.note))
     if not args.no_table:
         Console(width=150).print(rich_table(decode_results(records, args.bandwidth)))
+    for record in records:
+        if record["status"] == "error":
+            print(f"{record['mode']}: {record['reason']}. Logs: {output.with_suffix('.logs')}")
     statuses = {record["status"] for record in records}
+    if "error" not in statuses:  # Else the logs, which were named, are there.
+        shutil.rmtree(scratch)
     if "error" in statuses:
         sys.exit(1)
     if "no-time" in statuses:

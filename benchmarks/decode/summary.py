@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.engines.results import Record
@@ -24,6 +26,9 @@ _SPECULATION = (
     "schedule",
 )
 """Settings that plain decoding does not depend on."""
+
+_REASON_CHARS = 50
+"""Of a reason in a table; the file has the whole."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,7 @@ def columns(result: DecodeResult) -> list[str]:
     start += [result.mode, result.setting]
     if record["status"] != "ok":
         reason = f"{record['status']}: {record.get('reason', '')}"
+        reason = textwrap.shorten(reason, _REASON_CHARS, placeholder=" ...")
         return [*start, reason, *[""] * (len(HEADER) - len(start) - 1)]
     return [
         *start,
@@ -143,7 +149,7 @@ def rich_table(results: Sequence[DecodeResult]) -> Table:
     for column in HEADER:
         table.add_column(column, justify="left" if column in ("mode", "setting") else "right")
     for result in results:
-        table.add_row(*columns(result))
+        table.add_row(*map(escape, columns(result)))
     return table
 
 

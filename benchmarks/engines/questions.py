@@ -14,8 +14,6 @@ A line that has only ``prompt`` is a question too. Where a line has no category,
 
 from __future__ import annotations
 
-import gzip
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +21,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vllm_layerskip.errors import UserError
-from vllm_layerskip.files.jsonl import is_text, json_value, turns_of
+from vllm_layerskip.files.found import record_files
+from vllm_layerskip.files.records import Record, good_records
+from vllm_layerskip.files.turns import is_text, turns_of
 
 Item = TypeVar("Item")
+_OPTION = "--questions"
 
 
 @dataclass(frozen=True)
@@ -43,28 +44,20 @@ def read_questions(path: Path) -> list[Question]:
     Raises:
         UserError: the file cannot be read, or a line is no question; the message names it.
     """
-    try:
-        with (
-            gzip.open(path, "rt", encoding="utf-8")
-            if path.suffix == ".gz"
-            else path.open(encoding="utf-8") as file
-        ):
-            lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
-    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: {error}. Give a readable file of JSON lines.") from None
-    questions = [_question(line, path, number) for number, line in lines]
+    files = record_files([path], _OPTION)
+    records = enumerate(good_records(files, _OPTION, text="lines"), start=1)
+    questions = [_question(record, number) for number, record in records]
     if not questions:
-        raise UserError(f"{path}: there is no question in it. Give a file that holds some.")
+        raise UserError(f"{_OPTION} {path}: there is no question in it. Give a file that holds some.")
     return questions
 
 
-def _question(line: str, path: Path, number: int) -> Question:
-    where = f"{path}, line {number}"
-    record = json_value(line, where)
-    question = _known_form(record, number) if isinstance(record, Mapping) else None
+def _question(record: Record, number: int) -> Question:
+    value = record.value
+    question = _known_form(value, number) if isinstance(value, Mapping) else None
     if question is None:
         raise UserError(
-            f"{where}: this is no question. A line must have turns (Spec-Bench), prompt "
+            f"{_OPTION} {record.where}: this is no question. A line must have turns (Spec-Bench), prompt "
             "(HumanEval, with task_id), or question (GSM8K)."
         )
     return question

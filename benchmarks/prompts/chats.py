@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_layerskip.chats.chat import chat_token_ids
+
 
 @dataclass(frozen=True)
 class Chats:
@@ -27,13 +29,6 @@ class Chats:
             for answer, turn in zip(texts, turns[1:], strict=True):
                 messages.append({"role": "assistant", "content": answer})
                 messages.append({"role": "user", "content": turn})
-            prompt = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        else:
-            parts = [f"{a}\n\n{turn}" for a, turn in zip(texts, turns[1:], strict=True)]
-            prompt = "".join([turns[0], *parts])
-        # A chat template writes its own special tokens.
-        return list(
-            self.tokenizer(prompt, add_special_tokens=not self.chat, verbose=False)["input_ids"]
-        )
+            return chat_token_ids(self.tokenizer, messages)
+        parts = [f"{a}\n\n{turn}" for a, turn in zip(texts, turns[1:], strict=True)]
+        return list(self.tokenizer("".join([turns[0], *parts]), verbose=False)["input_ids"])

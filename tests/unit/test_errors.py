@@ -3,7 +3,7 @@
 
 import pytest
 
-from vllm_layerskip.errors import UserError, first_line, needs_extra
+from vllm_layerskip.errors import UserError, first_line, needs_extra, one_line
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,13 @@ def test_a_missing_package_names_the_extra():
 def test_another_error_stays_what_it_is():
     with pytest.raises(ZeroDivisionError), needs_extra("train"):
         1 / 0  # noqa: B018
+
+
+def test_a_missing_module_of_ours_is_a_bug_and_no_missing_package():
+    with pytest.raises(ImportError), needs_extra("train"):
+        from vllm_layerskip.errors import no_such  # noqa: F401
+
+
+def test_an_error_of_many_lines_in_one():
+    assert one_line(ValueError("no such\n  file\n")) == "no such file"
+    assert one_line(KeyError()) == "KeyError"

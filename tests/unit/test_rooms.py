@@ -15,8 +15,9 @@ ROOT = Path(__file__).parents[2]
 ROOMS = {
     # From the ground up: a room may import itself and those before it.
     "vllm_layerskip": (
-        "errors", "architectures", "files", "host", "cpu", "config", "metrics", "worker", "models",
-        "plugin", "counters", "measuring", "evaluation", "training", "tuning", "batch", "commands",
+        "errors", "architectures", "files", "chats", "host", "cpu", "config", "metrics", "worker",
+        "models", "plugin", "counters", "measuring", "evaluation", "training", "tuning", "batch",
+        "commands",
     ),
     "benchmarks": ("engines", "decode", "serve", "prompts", "pages", "gpu"),
 }  # fmt: skip
@@ -96,7 +97,7 @@ def test_the_root_has_few_files():
 def test_a_wrong_import_would_be_seen():
     """The negative control."""
     assert runs_upward("vllm_layerskip.config.options", "vllm_layerskip.worker.speculator")
-    assert runs_upward("vllm_layerskip.files.text", "benchmarks.engines.modes")
+    assert runs_upward("vllm_layerskip.files.found", "benchmarks.engines.modes")
     assert not runs_upward("vllm_layerskip.worker.speculator", "vllm_layerskip.config.options")
     source = "def late():\n    from vllm_layerskip.worker import speculator"
     assert set(imports(ast.parse(source), everywhere=True)) == {"vllm_layerskip.worker.speculator"}

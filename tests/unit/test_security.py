@@ -16,7 +16,9 @@ from vllm_layerskip.config.options import resolve_options
 
 PACKAGE = Path(vllm_layerskip.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-SERVING = [path for path in SOURCES if "training" not in path.parts]
+FOR_COMMANDS = {PACKAGE / "measuring/cluster.py"}
+"""It asks a Ray cluster that a user names whether it answers; no engine imports it."""
+SERVING = [path for path in SOURCES if "training" not in path.parts and path not in FOR_COMMANDS]
 """Modules that an engine may import."""
 
 UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

@@ -4,20 +4,28 @@ output file gets all of them."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import chain
+from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from vllm_layerskip.batch.folder import SUMMARY
-from vllm_layerskip.batch.output import Answer, Journal, output_record, write_output
-from vllm_layerskip.batch.rows import PromptRow, read_rows
+from vllm_layerskip.batch.folder import ALL_ANSWERS, SUMMARY
+from vllm_layerskip.batch.ids import RowIds
+from vllm_layerskip.batch.output import Answer, Journal
+from vllm_layerskip.batch.rows import TEXT_FIELD, PromptRow, read_rows
+from vllm_layerskip.batch.writers import Writer, output_record, own_columns, writer_of
+from vllm_layerskip.errors import UserError
 from vllm_layerskip.files.whole import write_json
 
 Generate = Callable[[Iterable[PromptRow]], Iterator[Answer]]
 """Answers rows, each once, in any order."""
+
+
+def _is_claimed() -> None:
+    """For a folder that is the job's."""
 
 
 @dataclass(frozen=True)
@@ -28,28 +36,39 @@ class Job:
     defaults: Mapping[str, Any]
     """Sampling parameters of rows that do not set them."""
     output: Path
-    """The file to write; its folder is the job's, claimed."""
+    """The file to write; its folder is the job's."""
     with_token_ids: bool = False
+    claim: Callable[[], None] = _is_claimed
+    """Makes the folder the job's, before the first answer is written."""
+    goes_on: bool = True
+    """Whether what is in the folder is this job's."""
+    text_field: str = TEXT_FIELD
 
     def rows(self) -> Iterator[PromptRow]:
         """All rows of the input; see ``read_rows``."""
-        return read_rows(self.files, self.defaults)
+        return read_rows(self.files, self.defaults, self.text_field)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did. The first three count answers of the job's earlier runs, too."""
+    """What a run did. The first three count answers of the job's earlier runs, too.
+
+    A run that had only to write an output keeps the numbers of the last one that answered rows.
+    """
 
     num_rows: int
     num_errors: int
     num_output_tokens: int
     num_rows_of_this_run: int
+    """Rows that engines answered; a row that is wrong in itself is none of them."""
     seconds: float
     """Wall time of this run, the start of the engines included."""
     output_tokens_per_s: float
     """Output tokens of this run, per second."""
     acceptance_length: float | None
     """Mean tokens per verification, of this run; None if nothing is drafted, or with Ray."""
+    outputs: Mapping[str, bool] = field(default_factory=dict)
+    """The files of answers, and whether they have token ids."""
 
 
 @dataclass
@@ -76,36 +95,102 @@ class _Tally:
         return round(1 + self.num_accepted_tokens / self.num_drafts, 3)
 
 
+@dataclass
+class _Input:
+    """What one pass over the input finds, before an engine is started."""
+
+    writer: Writer
+    ids: RowIds = field(default_factory=RowIds)
+    num_rows: int = 0
+    wrong: set[int] = field(default_factory=set)
+    """Rows that no engine is asked."""
+
+
 def run(job: Job, generate: Generate) -> Summary:
     """Do what is left of a job.
 
     Raises:
-        UserError: the input cannot be read, or two of its rows have the same id.
+        UserError: the input cannot be read, two of its rows have the same id, or it has a value
+            that the output cannot hold.
         RuntimeError: the engines left rows without an answer.
     """
     start = time.perf_counter()
     folder, total = job.output.parent, _Tally()
-    # One pass finds what is wrong with the input as a whole before an engine is started.
-    num_rows = sum(1 for _ in job.rows())
-    with Journal(folder) as journal:
-        this_run = _complete(journal, job, num_rows, generate)
-        write_output(job.output, _records(job, journal, total))
+    found = _look_through(job)
+    with Journal(folder, job.claim, job.goes_on) as journal:
+        this_run = _complete(journal, job, found, generate)
+        journal.begin()
+        found.writer.write(job.output, _records(job, found, journal, total))
     seconds = time.perf_counter() - start
     summary = Summary(
-        num_rows=num_rows,
+        num_rows=found.num_rows,
         num_errors=total.num_errors,
         num_output_tokens=total.num_tokens,
         num_rows_of_this_run=this_run.num_rows,
         seconds=round(seconds, 3),
         output_tokens_per_s=round(this_run.num_tokens / seconds, 3),
         acceptance_length=this_run.acceptance_length,
+        outputs={**outputs_of(folder), job.output.name: job.with_token_ids},
     )
-    write_json(folder / SUMMARY, asdict(summary))
-    journal.path.unlink()
+    _keep(folder, summary)
+    journal.keep()
     return summary
 
 
-def _complete(journal: Journal, job: Job, num_rows: int, generate: Generate) -> _Tally:
+def is_done(folder: Path) -> bool:
+    """Whether all rows of the folder's job have their answers, and these are there."""
+    return (folder / ALL_ANSWERS).exists()
+
+
+def outputs_of(folder: Path) -> dict[str, bool]:
+    """``Summary.outputs`` of the last run."""
+    return dict(_earlier(folder).get("outputs", {}))
+
+
+def _earlier(folder: Path) -> dict[str, Any]:
+    path = folder / SUMMARY
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def _keep(folder: Path, summary: Summary) -> None:
+    """Write the summary; that of a run which answered nothing has nothing new but the output."""
+    earlier = {} if summary.num_rows_of_this_run else _earlier(folder)
+    write_json(folder / SUMMARY, {**asdict(summary), **earlier, "outputs": summary.outputs})
+
+
+def _look_through(job: Job) -> _Input:
+    """Find what is wrong with the input as a whole, and what the output could not hold.
+
+    Raises:
+        UserError: something is; the message names file, row and column.
+    """
+    found = _Input(writer_of(job.output, job.files, job.with_token_ids))
+    own = own_columns(job.with_token_ids)
+    for row in job.rows():
+        found.num_rows += 1
+        found.ids.add(row)
+        if row.error is not None:
+            found.wrong.add(row.index)
+        passed_on = {name: value for name, value in row.columns.items() if name not in own}
+        _see(found.writer, passed_on | ({} if row.id is None else {"id": row.id}), row.where)
+    if job.output.suffix == ".parquet":
+        found.ids.check_as_texts()
+    for made_up in found.ids.made_up():
+        found.writer.see({"id": made_up})
+    return found
+
+
+def _see(writer: Writer, columns: Mapping[str, Any], where: str) -> None:
+    try:
+        writer.see(columns)
+    except ValueError as error:
+        raise UserError(f"--input {where}: {error}") from None
+
+
+def _complete(journal: Journal, job: Job, found: _Input, generate: Generate) -> _Tally:
     """Add the missing answers to the journal, with a progress bar on stderr.
 
     Raises:
@@ -113,36 +198,38 @@ def _complete(journal: Journal, job: Job, num_rows: int, generate: Generate) -> 
     """
     from tqdm import tqdm
 
-    tally = _Tally()
-    with tqdm(total=num_rows, initial=len(journal.offsets), unit="row") as progress:
-        for answer in _answers(job, set(journal.offsets), generate):
-            journal.add(answer)
-            tally.add(answer)
-            progress.update()
-    left = num_rows - len(journal.offsets)
-    if left:
+    tally, done = _Tally(), found.wrong | set(journal.offsets)
+    num_left = found.num_rows - len(done)
+    answers = _answers(job, done, generate)
+    # Without an answer there is no bar: a start that fails says why in one line.
+    for first in islice(answers, 1):
+        with tqdm(total=found.num_rows, initial=len(done), unit="row") as progress:
+            for answer in chain([first], answers):
+                journal.add(answer)
+                tally.add(answer)
+                progress.update()
+    num_left -= tally.num_rows
+    if num_left:
         raise RuntimeError(
-            f"{left} of {num_rows} rows have no answer, though the engines ended. Run the same "
-            "command again to go on with them."
+            f"{num_left} of {found.num_rows} rows have no answer, though the engines ended. Run "
+            "the same command again to go on with them."
         )
     return tally
 
 
 def _answers(job: Job, done: set[int], generate: Generate) -> Iterator[Answer]:
-    """Answers to all rows that are not done: wrong rows at once, the rest from the engines."""
-    for row in job.rows():
-        if row.index not in done and row.error is not None:
-            yield Answer(row.index, error=row.error)
-    rows = (row for row in job.rows() if row.index not in done and row.error is None)
+    """Answers of the engines to all rows that are not done."""
+    rows = (row for row in job.rows() if row.index not in done)
     # No engine is started for no row.
     first = next(rows, None)
     if first is not None:
         yield from generate(chain([first], rows))
 
 
-def _records(job: Job, journal: Journal, total: _Tally) -> Iterator[dict[str, Any]]:
+def _records(job: Job, found: _Input, journal: Journal, total: _Tally) -> Iterator[dict[str, Any]]:
     """The output's rows in the input's order; adds their answers to ``total``."""
     for row in job.rows():
-        answer = journal.answer(row.index)
+        wrong = row.error is not None
+        answer = Answer(row.index, error=row.error) if wrong else journal.answer(row.index)
         total.add(answer)
-        yield output_record(row.id, row.columns, answer, job.with_token_ids)
+        yield output_record(found.ids.of(row), row.columns, answer, job.with_token_ids)

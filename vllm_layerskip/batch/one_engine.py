@@ -9,6 +9,17 @@ from typing import Any
 from vllm_layerskip.batch.output import Answer
 from vllm_layerskip.batch.rows import PromptRow
 from vllm_layerskip.batch.settings import JobSettings
+from vllm_layerskip.chats.chat import chat_token_ids
+from vllm_layerskip.host.engine_start import Given, start_engine
+
+OWN_OPTIONS = (
+    "exit_layer",
+    "num_speculative_tokens",
+    "dtype",
+    "max_model_len",
+    "tensor_parallel_size",
+)
+"""Settings with an option of their own, which has their name."""
 
 
 def answers(rows: Iterable[PromptRow], settings: JobSettings) -> Iterator[Answer]:
@@ -16,10 +27,11 @@ def answers(rows: Iterable[PromptRow], settings: JobSettings) -> Iterator[Answer
 
     The engine always has twice as many requests as it runs at once, so that no place is empty while
     there are rows, and no more than these are in memory.
-    """
-    from vllm import LLM
 
-    llm = LLM(**engine_arguments(settings))
+    Raises:
+        UserError: the engine cannot start with these settings.
+    """
+    llm = start_engine(given_arguments(settings))
     engine = llm.llm_engine
     max_pending = 2 * engine.vllm_config.scheduler_config.max_num_seqs
     waiting, num_pending = iter(rows), 0
@@ -48,36 +60,29 @@ def engine_arguments(settings: JobSettings) -> dict[str, Any]:
     return arguments
 
 
+def given_arguments(settings: JobSettings) -> Given:
+    """Arguments of vLLM's ``LLM``, with the options that they came from."""
+    asked = {**(settings.speculative_config or {}), **settings.engine_args}
+    options = {
+        name: f"--{name.replace('_', '-')} {asked[name]}" for name in OWN_OPTIONS if name in asked
+    }
+    further = {name: v for name, v in settings.engine_args.items() if name not in OWN_OPTIONS}
+    return Given(engine_arguments(settings), options, further)
+
+
 def prompt_of(row: PromptRow, tokenizer: Any) -> Any:
     """The row's prompt, as vLLM takes it.
 
     Raises:
-        ValueError: the chat template refuses the messages.
+        ValueError: there is no chat template, or it refuses the chat.
     """
     from vllm.inputs import TextPrompt, TokensPrompt
 
     if row.messages is not None:
-        return TokensPrompt(prompt_token_ids=chat_token_ids(row, tokenizer))
+        return TokensPrompt(prompt_token_ids=chat_token_ids(tokenizer, row.messages, row.tools))
     if row.prompt_token_ids is not None:
         return TokensPrompt(prompt_token_ids=list(row.prompt_token_ids))
     return TextPrompt(prompt=row.prompt)
-
-
-def chat_token_ids(row: PromptRow, tokenizer: Any) -> list[int]:
-    """A chat's tokens, from the tokenizer's template.
-
-    Raises:
-        ValueError: there is no template, or it refuses the messages.
-    """
-    try:
-        text = tokenizer.apply_chat_template(
-            list(row.messages or ()), tokenize=False, add_generation_prompt=True
-        )
-    except Exception as error:
-        # A template is a program: odd messages end in Jinja's errors, KeyError, TypeError...
-        raise ValueError(f"messages: {type(error).__name__}: {error}") from None
-    # A template writes its own special tokens.
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _add(llm: Any, row: PromptRow) -> Answer | None:
@@ -87,20 +92,27 @@ def _add(llm: Any, row: PromptRow) -> Answer | None:
         None, or an answer with vLLM's error if it cannot serve the row (the prompt is too long...).
     """
     from vllm import SamplingParams
-    from vllm.exceptions import VLLMClientError
     from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.exceptions import EngineDeadError
 
     try:
         prompt = prompt_of(row, None if row.messages is None else llm.get_tokenizer())
         params = SamplingParams(**row.sampling_params, output_kind=RequestOutputKind.FINAL_ONLY)
         llm.llm_engine.add_request(str(row.index), prompt, params)
-    except (VLLMClientError, ValueError, TypeError) as error:
+    except EngineDeadError:
+        raise
+    except Exception as error:
+        # Tokenizers, templates and vLLM's checks fail on odd rows in many ways, and a row must not
+        # cost the others their answers.
         return Answer(row.index, error=f"{type(error).__name__}: {error}")
     return None
 
 
 def _answer(output: Any) -> Answer:
     (completion,) = output.outputs
+    if completion.finish_reason == "error":
+        error = "vLLM could not serve the request; its log says why."
+        return Answer(int(output.request_id), error=error)
     drafting = getattr(completion, "spec_decode_metrics", None)
     histogram = [] if drafting is None else drafting.histogram
     return Answer(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers on their way to the output file.
 
-Each answer becomes a line of ``answers.partial.jsonl`` when it comes. A line that a crash cut off
-is dropped, and its row runs again. When every row has its line, the output file is written whole,
-in the order of the input.
+Each answer of an engine becomes a line of ``answers.partial.jsonl`` when it comes. A line that a
+crash cut off is dropped, and its row runs again. When every row has its line, the output file is
+written, and the journal stays as ``answers.jsonl``: another output can be made of it.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from vllm_layerskip.batch.folder import ANSWERS
-from vllm_layerskip.files.whole import whole_file
+from vllm_layerskip.batch.folder import ALL_ANSWERS, ANSWERS
 
 _SYNC_EVERY_S = 1.0
 
@@ -38,48 +37,73 @@ class Answer:
 
 
 class Journal:
-    """The answers so far, in a file that one process writes."""
+    """The answers so far, in a file that one process writes, from its first answer on."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / ANSWERS
+    def __init__(self, folder: Path, claim: Callable[[], None], goes_on: bool = True) -> None:
+        """
+        Args:
+            claim: makes the folder this job's; called once, before it is written to.
+            goes_on: False to leave alone what is in the folder until then.
+        """
+        done, partial = folder / ALL_ANSWERS, folder / ANSWERS
+        self.path = done if goes_on and done.exists() else partial
         self.offsets: dict[int, int] = {}
         """Where the line of each row begins."""
-        end = 0
-        if self.path.exists():
-            with self.path.open("rb") as lines:
-                for line in lines:
-                    if not line.endswith(b"\n"):
-                        break
-                    self.offsets[json.loads(line)["index"]] = end
-                    end += len(line)
-        self._file = self.path.open("r+b" if self.path.exists() else "w+b")
-        self._file.truncate(end)
-        self._file.seek(end)
+        self._end = 0
+        self._claim = claim
+        self._file: IO[bytes] | None = None
         self._synced = time.monotonic()
+        if goes_on and self.path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        with self.path.open("rb") as lines:
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break
+                self.offsets[json.loads(line)["index"]] = self._end
+                self._end += len(line)
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._sync()
-        self._file.close()
+        if self._file is not None:
+            self._sync(self._file)
+            self._file.close()
+            self._file = None
+
+    def begin(self) -> IO[bytes]:
+        """Make the folder this job's and open the journal, unless that is done.
+
+        Raises:
+            UserError: the folder cannot be this job's.
+        """
+        if self._file is None:
+            self._claim()
+            self._file = self.path.open("r+b" if self.path.exists() else "w+b")
+            self._file.truncate(self._end)
+            self._file.seek(self._end)
+        return self._file
 
     def add(self, answer: Answer) -> None:
         """Keep an answer.
 
         Raises:
+            UserError: it is the first one, and the folder cannot be this job's.
             ValueError: the row has one already.
         """
         if answer.index in self.offsets:
             raise ValueError(f"Row {answer.index} has got a second answer.")
-        self.offsets[answer.index] = self._file.tell()
-        self._file.write(_json_line(asdict(answer)))
-        self._file.flush()
+        file = self.begin()
+        self.offsets[answer.index] = file.tell()
+        file.write(json_line(asdict(answer)))
+        file.flush()
         if time.monotonic() - self._synced > _SYNC_EVERY_S:
-            self._sync()
+            self._sync(file)
 
-    def _sync(self) -> None:
-        os.fsync(self._file.fileno())
+    def _sync(self, file: IO[bytes]) -> None:
+        os.fsync(file.fileno())
         self._synced = time.monotonic()
 
     def answer(self, index: int) -> Answer:
@@ -90,51 +114,15 @@ class Journal:
         ids = values["token_ids"]
         return Answer(**{**values, "token_ids": None if ids is None else tuple(ids)})
 
-
-def output_record(
-    row_id: str | int, columns: Mapping[str, Any], answer: Answer, with_token_ids: bool
-) -> dict[str, Any]:
-    """A row of the output. Our columns replace the input's columns of the same names."""
-    record = {
-        **columns,
-        "id": row_id,
-        "text": answer.text,
-        "finish_reason": answer.finish_reason,
-        "num_prompt_tokens": answer.num_prompt_tokens,
-        "num_output_tokens": None if answer.token_ids is None else len(answer.token_ids),
-        "error": answer.error,
-    }
-    if with_token_ids:
-        record["token_ids"] = None if answer.token_ids is None else list(answer.token_ids)
-    return record
+    def keep(self) -> None:
+        """Say by the file's name that the job is done."""
+        self.path = self.path.replace(self.path.with_name(ALL_ANSWERS))
 
 
-def write_output(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write all records, as JSON lines or Parquet by the name's ending; whole or not at all."""
-    with whole_file(path) as draft:
-        if path.suffix == ".parquet":
-            _write_parquet(draft, records)
-        else:
-            with draft.open("wb") as lines:
-                lines.writelines(map(_json_line, records))
-
-
-def _json_line(record: Mapping[str, Any]) -> bytes:
+def json_line(record: Mapping[str, Any]) -> bytes:
+    """A line of a JSON lines file. NaN is an error, for it is no JSON."""
     try:
-        return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     except UnicodeEncodeError:
         # Half of a surrogate pair, which JSON can escape, but UTF-8 cannot hold.
-        return json.dumps(record).encode() + b"\n"
-
-
-def _write_parquet(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
-    # All records at once, since a column may have its first value in the last one.
-    parquet.write_table(pyarrow.Table.from_pylist(_same_columns(list(records))), path)
-
-
-def _same_columns(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    names = dict.fromkeys(name for record in records for name in record)
-    return [{name: record.get(name) for name in names} for record in records]
+        return json.dumps(record, allow_nan=False).encode() + b"\n"

@@ -11,15 +11,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from vllm_layerskip.batch.one_engine import chat_token_ids
+from vllm_layerskip.batch.one_engine import given_arguments
 from vllm_layerskip.batch.output import Answer
 from vllm_layerskip.batch.rows import PromptRow
 from vllm_layerskip.batch.settings import JobSettings, RayCluster
+from vllm_layerskip.chats.chat import chat_token_ids
 from vllm_layerskip.errors import UserError
 from vllm_layerskip.files.tokenizers import load_tokenizer
+from vllm_layerskip.host.engine_start import check_engine, start_mistake
+from vllm_layerskip.host.process_output import last_error
+from vllm_layerskip.measuring.cluster import join_ray
 
 _OTHER_CPUS = 2
 """For Ray Data's own stages; without them all replicas would wait forever."""
@@ -46,9 +52,11 @@ def answers(
     try:
         _join_ray(cluster, settings)
         requests, refused = _requests(rows, settings.model)
-        yield from refused
         if requests:
+            _check_on_a_node(settings, cluster)
             yield from _answers_of_replicas(requests, settings, cluster)
+        # A start that fails has no answer.
+        yield from refused
     finally:
         ray.shutdown()
 
@@ -67,8 +75,45 @@ def _answers_of_replicas(
     # A block for each task: the loss of a replica costs no more than its tasks.
     num_blocks = -(-len(requests) // cluster.rows_per_task)
     dataset = ray.data.from_items(requests, override_num_blocks=num_blocks)
-    for result in processor(dataset).iter_rows():
-        yield _answer(result)
+    try:
+        for result in processor(dataset).iter_rows():
+            yield _answer(result)
+    except ray.exceptions.RayError as error:
+        # Its text ends with the traceback of the replica that died.
+        mistake = start_mistake(last_error(str(error).splitlines()) or "")
+        if mistake is None:
+            raise
+        raise UserError(mistake) from None
+
+
+def _check_on_a_node(settings: JobSettings, cluster: RayCluster) -> None:
+    """Have vLLM check the settings where the replicas are going to run.
+
+    Ray Data would show a user's mistake as two tracebacks of its own, a minute later.
+
+    Raises:
+        UserError: a setting is wrong.
+    """
+    import ray
+
+    gpus = 0 if cluster.device == "cpu" else 1
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1)(_mistake_in)
+    mistake = ray.get(task.remote(settings))
+    if mistake is not None:
+        raise UserError(mistake)
+
+
+def _mistake_in(settings: JobSettings) -> str | None:
+    given = given_arguments(settings)
+    arguments = dict(given.arguments)
+    if arguments.get("tensor_parallel_size", 1) != 1:
+        # The other GPUs are not this task's; Ray finds them for the engine.
+        arguments.setdefault("distributed_executor_backend", "ray")
+    try:
+        check_engine(replace(given, arguments=arguments))
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _join_ray(cluster: RayCluster, settings: JobSettings) -> None:
@@ -83,16 +128,7 @@ def _join_ray(cluster: RayCluster, settings: JobSettings) -> None:
     options: dict[str, Any] = {}
     if cluster.device == "cpu" and cluster.address is None:
         options["num_cpus"] = cluster.num_replicas + _OTHER_CPUS
-    try:
-        ray.init(
-            address=cluster.address,
-            ignore_reinit_error=True,
-            runtime_env={"env_vars": variables},
-            log_to_driver=False,
-            **options,
-        )
-    except (ConnectionError, ValueError) as error:
-        raise UserError(f"--ray-address {cluster.address}: {error}") from None
+    join_ray(cluster.address, runtime_env={"env_vars": variables}, **options)
     check_room(ray.cluster_resources(), cluster, settings)
 
 
@@ -145,14 +181,16 @@ def processor_arguments(settings: JobSettings, cluster: RayCluster) -> dict[str,
 
 def _requests(rows: Iterable[PromptRow], model: str) -> tuple[list[dict[str, Any]], list[Answer]]:
     """Requests for the replicas, and errors of rows whose chat has no prompt."""
-    requests, refused, tokenizer = [], [], None
+    requests: list[dict[str, Any]] = []
+    refused: list[Answer] = []
+    tokenizer = None
     for row in rows:
         token_ids = row.prompt_token_ids
         if row.messages is not None:
             if tokenizer is None:
                 tokenizer = load_tokenizer(model, "--model")
             try:
-                token_ids = tuple(chat_token_ids(row, tokenizer))
+                token_ids = tuple(chat_token_ids(tokenizer, row.messages, row.tools))
             except ValueError as error:
                 refused.append(Answer(row.index, error=f"ValueError: {error}"))
                 continue
@@ -161,8 +199,25 @@ def _requests(rows: Iterable[PromptRow], model: str) -> tuple[list[dict[str, Any
             "token_ids": token_ids,
             "sampling_params": dict(row.sampling_params),
         }
-        requests.append({"index": row.index, "request": json.dumps(request)})
-    return requests, refused
+        requests.append({"index": row.index, "request": request})
+    fill_nulls([item["request"]["sampling_params"] for item in requests])
+    return [{**item, "request": json.dumps(item["request"])} for item in requests], refused
+
+
+def fill_nulls(rows: Sequence[dict[str, Any]]) -> None:
+    """Replace a parameter that is None by a value that means the same, if other rows have one.
+
+    Between its stages Ray Data holds parameters in columns, and a column of integers with a null
+    comes out as floats. The engine drops a request whose seed is one, and Ray waits for it forever.
+    """
+    same: dict[str, Callable[[], Any]] = {
+        "seed": lambda: secrets.randbits(63), "stop": list, "stop_token_ids": list
+    }  # fmt: skip
+    for name, value in same.items():
+        if any(row[name] is not None for row in rows):
+            for row in rows:
+                if row[name] is None:
+                    row[name] = value()
 
 
 def _to_request(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,25 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of an input file, checked one by one. A bad row gets an error; the job goes on.
+"""Rows of the input, checked one by one. A bad row gets an error; the job goes on.
 
-A row has ``prompt`` (text), ``prompt_token_ids`` or ``messages`` (a chat); optionally an ``id`` (or
-``custom_id``), and ``sampling_params``. Its other columns are handed through.
+A row has ``prompt`` (text), ``prompt_token_ids`` or ``messages`` (a chat, with ``tools`` if it has
+some); optionally an ``id`` (or ``custom_id``), and ``sampling_params``. Of these, null is "not
+given": a table has nulls where a row lacks what others have. Other columns are handed through.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_layerskip.batch import openai
 from vllm_layerskip.batch.parameters import merged
-from vllm_layerskip.errors import UserError
-from vllm_layerskip.files.jsonl import json_value
+from vllm_layerskip.batch.values import brief, texts_in
+from vllm_layerskip.chats.messages import template_tools
+from vllm_layerskip.files.records import (
+    NO_UNICODE,
+    Record,
+    is_unicode,
+    read_records,
+    without_nulls,
+)
 
-PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
-ID_KEYS = ("id", "custom_id")
-SUFFIXES = (".jsonl", ".ndjson", ".parquet")
+TEXT_FIELD = "prompt"
+"""The column of texts, unless another one is named."""
+_OTHER_PROMPTS = ("prompt_token_ids", "messages")
+_ID_KEYS = ("id", "custom_id")
+OWN_COLUMNS = (*_OTHER_PROMPTS, *_ID_KEYS, "sampling_params", "tools")
+"""Columns that cannot be that of the texts."""
+_MAX_TOKEN_ID = 2**31 - 1
+"""Engines hold ids in 32 bits; vLLM itself checks them against the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -28,154 +41,141 @@ class PromptRow:
 
     index: int
     """Place in the input, over all files."""
-    id: str | int
+    id: str | int | None = None
+    """None if the row has none of its own."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Handed through to the output."""
     prompt: str | None = None
     prompt_token_ids: tuple[int, ...] | None = None
     messages: tuple[Mapping[str, Any], ...] | None = None
+    tools: Any = None
+    """Of a chat, as ``chats.chat`` takes them; they are among the columns, too."""
     sampling_params: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
+    where: str = ""
+    """File, and place in it, for messages."""
 
 
-def input_files(paths: Sequence[str | Path]) -> list[Path]:
-    """The files that paths, folders and patterns name, in a fixed order.
-
-    Raises:
-        UserError: a path names no file, or a file is of an unknown kind.
-    """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        found = _files_at(path)
-        if not found:
-            raise UserError(
-                f"--input {path}: there is no such file. Give a file, a folder or a pattern of "
-                f"files that end with {', '.join(SUFFIXES)}."
-            )
-        files += found
-    for file in files:
-        if file.suffix not in SUFFIXES:
-            raise UserError(
-                f"--input {file}: unknown kind of file. Its name must end with "
-                f"{', '.join(SUFFIXES)}. Rename or convert it."
-            )
-    return files
-
-
-def _files_at(path: Path) -> list[Path]:
-    if path.is_dir():
-        return sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
-    if any(letter in path.name for letter in "*?["):
-        return sorted(path.parent.glob(path.name))
-    return [path] if path.is_file() else []
-
-
-def read_rows(files: Sequence[Path], defaults: Mapping[str, Any]) -> Iterator[PromptRow]:
+def read_rows(
+    files: Sequence[Path], defaults: Mapping[str, Any], text_field: str = TEXT_FIELD
+) -> Iterator[PromptRow]:
     """All rows, in order.
 
     Args:
+        files: those of ``record_files``.
         defaults: sampling parameters of rows that do not set them.
+        text_field: the column of texts.
 
     Raises:
-        UserError: a file cannot be read, or two rows have one id.
+        UserError: a file cannot be read.
     """
-    seen: dict[str, int] = {}
-    for index, (where, record) in enumerate(_records(files)):
-        row = checked_row(index, record, defaults)
-        other = seen.setdefault(json.dumps(row.id), index)
-        if other != index:
-            raise UserError(
-                f"--input {where}: id {row.id!r} is row {other}'s, too. Ids must differ; leave "
-                "them out to use row numbers."
-            )
-        yield row
+    for index, record in enumerate(read_records(files, "--input", "lines")):
+        yield checked_row(index, record, defaults, text_field)
 
 
-def _records(files: Sequence[Path]) -> Iterator[tuple[str, Any]]:
-    """Each record with its place; a ValueError for a line that is no JSON."""
-    for file in files:
-        try:
-            if file.suffix == ".parquet":
-                yield from _parquet_records(file)
-            else:
-                yield from _json_records(file)
-        except OSError as error:
-            raise UserError(f"--input {file}: {error}. Give a readable file.") from None
-
-
-def _json_records(file: Path) -> Iterator[tuple[str, Any]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json_value(line, f"{file.name}, line {number}")
-            except UserError as error:
-                record = ValueError(str(error))
-            yield f"{file}, line {number}", record
-
-
-def _parquet_records(file: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(
-            f"--input {file}: Parquet needs pyarrow. Install it (pip install pyarrow), or give "
-            "JSON lines."
-        ) from None
-    try:
-        table = parquet.ParquetFile(file)
-        number = 0
-        for batch in table.iter_batches(batch_size=1024):
-            for record in batch.to_pylist():
-                # Parquet has None where a row does not have a column.
-                yield f"{file}, row {number}", {k: v for k, v in record.items() if v is not None}
-                number += 1
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"--input {file}: this is no Parquet file ({error}).") from None
-
-
-def checked_row(index: int, record: Any, defaults: Mapping[str, Any]) -> PromptRow:
+def checked_row(
+    index: int, record: Record, defaults: Mapping[str, Any], text_field: str = TEXT_FIELD
+) -> PromptRow:
     """Check a record; the row's ``error`` says what is wrong with it, if anything is."""
-    if isinstance(record, ValueError):
-        return PromptRow(index, index, error=str(record))
-    if not isinstance(record, Mapping):
-        return PromptRow(index, index, error=f"a row must be a JSON object, not {record!r:.80}.")
-    own = {*PROMPT_KEYS, *ID_KEYS, "sampling_params"}
-    columns = {name: value for name, value in record.items() if name not in own}
-    given = next((record[key] for key in ID_KEYS if key in record), index)
-    if not isinstance(given, (str, int)) or isinstance(given, bool):
-        return PromptRow(index, index, columns, error=f"id={given!r} must be a text or an integer.")
+    where, value = record.where, record.value
+    if record.error is not None:
+        return PromptRow(index, error=f"{where}: {record.error}", where=where)
+    if isinstance(value, str):
+        value = {text_field: value}
+    if not isinstance(value, Mapping):
+        error = f"a row must be a JSON object or a text, not {brief(value)}."
+        return PromptRow(index, error=error, where=where)
+    values: dict[str, Any] = {"where": where}
+    source = "sampling_params"
     try:
-        return PromptRow(
-            index,
-            given,
-            columns,
-            **_prompt(record),
-            sampling_params=merged(defaults, record.get("sampling_params")),
-        )
+        values["id"] = _id(value)
+        if openai.is_request(value) and not _given(value, text_field):
+            value, source = openai.row_of(value, text_field), "body"
+        values |= _prompt(value, text_field, record.is_row)
+        values["sampling_params"] = merged(defaults, _own(value, "sampling_params"), source)
     except ValueError as error:
-        return PromptRow(index, given, columns, error=str(error))
+        values["error"] = str(error)
+    return PromptRow(index, columns=_columns(value, text_field), **values)
 
 
-def _prompt(record: Mapping[str, Any]) -> dict[str, Any]:
-    given = [key for key in PROMPT_KEYS if key in record]
+def _given(record: Mapping[str, Any], text_field: str) -> list[str]:
+    """The columns that hold a prompt."""
+    return [key for key in (text_field, *_OTHER_PROMPTS) if record.get(key) is not None]
+
+
+def _columns(record: Mapping[str, Any], text_field: str) -> dict[str, Any]:
+    # With both ids given, the second one is a column as any other.
+    ids = set(_ID_KEYS) - set(_id_keys(record)[1:])
+    own = {text_field, *_OTHER_PROMPTS, "sampling_params", *ids}
+    return {name: value for name, value in record.items() if name not in own}
+
+
+def _own(record: Mapping[str, Any], key: str) -> Any:
+    """A value that the program reads, without nulls; None if it is not given.
+
+    Raises:
+        ValueError: it nests too deeply, or a text of it is none that UTF-8 can hold.
+    """
+    return without_nulls(_valid(record, key))
+
+
+def _valid(record: Mapping[str, Any], key: str) -> Any:
+    value = record.get(key)
+    try:
+        valid = all(map(is_unicode, texts_in(value)))
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    if not valid:
+        raise ValueError(f"{key}: {NO_UNICODE}")
+    return value
+
+
+def _id_keys(record: Mapping[str, Any]) -> list[str]:
+    return [key for key in _ID_KEYS if record.get(key) is not None]
+
+
+def _id(record: Mapping[str, Any]) -> str | int | None:
+    for key in _id_keys(record):
+        given = record[key]
+        if not isinstance(given, str | int) or isinstance(given, bool):
+            raise ValueError(f"{key}={brief(given)} must be a text or an integer.")
+        return given
+    return None
+
+
+def _prompt(record: Mapping[str, Any], text_field: str, is_row: bool) -> dict[str, Any]:
+    given = _given(record, text_field)
     if len(given) != 1:
+        valid = ", ".join((text_field, *_OTHER_PROMPTS))
         what = " and ".join(given) if given else "none of them"
-        raise ValueError(f"a row must have one of {', '.join(PROMPT_KEYS)}; this one has {what}.")
+        raise ValueError(f"a row must have one of {valid}; this one has {what}.")
     (key,) = given
-    value = record[key]
-    if key == "prompt":
+    value = _own(record, key)
+    if key == text_field:
         if not isinstance(value, str) or not value:
-            raise ValueError(f"prompt={value!r:.80} must be a text that is not empty.")
+            raise ValueError(f"{key}={brief(value)} must be a text that is not empty.")
         return {"prompt": value}
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{key}={value!r:.80} must be a list that is not empty.")
+        raise ValueError(f"{key}={brief(value)} must be a list that is not empty.")
     if key == "messages":
-        if not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in value):
-            raise ValueError("messages: each must be an object with role and content.")
-        return {"messages": tuple(value)}
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value):
-        raise ValueError("prompt_token_ids must be integers of at least 0.")
+        return {"messages": _messages(value), "tools": _tools(record, is_row)}
+    if not all(map(_is_token_id, value)):
+        raise ValueError(f"prompt_token_ids must be integers from 0 to {_MAX_TOKEN_ID}.")
     return {"prompt_token_ids": tuple(value)}
+
+
+def _is_token_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_TOKEN_ID
+
+
+def _messages(value: Sequence[Any]) -> tuple[Mapping[str, Any], ...]:
+    if not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in value):
+        raise ValueError("messages: each must be an object with role and content.")
+    return tuple(value)
+
+
+def _tools(record: Mapping[str, Any], is_row: bool) -> Any:
+    # In JSON a null may be meant: a tool's default.
+    tools = _own(record, "tools") if is_row else _valid(record, "tools")
+    template_tools(tools)
+    return tools or None

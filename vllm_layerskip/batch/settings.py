@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_layerskip.batch.parameters import merged
+from vllm_layerskip.batch.rows import OWN_COLUMNS, TEXT_FIELD
 from vllm_layerskip.errors import UserError
 
 
@@ -113,6 +114,8 @@ class BatchSettings:
     """For rows that do not set their own."""
     cluster: RayCluster | None = None
     """None runs one engine in this process."""
+    text_field: str = TEXT_FIELD
+    """The column of prompts that are texts."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +129,14 @@ class JobSettings:
     sampling_params: Mapping[str, Any]
     input: Sequence[tuple[str, str]] = field(default_factory=tuple)
     """Name and digest of each input file."""
+    text_field: str = TEXT_FIELD
 
 
 def job_settings(
-    engine: EngineSettings, sampling_params: Mapping[str, Any], files: Iterable[Path]
+    engine: EngineSettings,
+    sampling_params: Mapping[str, Any],
+    files: Iterable[Path],
+    text_field: str = TEXT_FIELD,
 ) -> JobSettings:
     """Check the settings and complete them by the defaults.
 
@@ -140,16 +147,25 @@ def job_settings(
         sampling_params = merged(sampling_params, None, source="command line")
     except ValueError as error:
         raise UserError(str(error)) from None
+    if text_field in OWN_COLUMNS:
+        raise UserError(
+            f"--text-field {text_field}: {', '.join(OWN_COLUMNS)} have a meaning of their own. "
+            "Name the column of the prompts."
+        )
     return JobSettings(
         model=engine.model,
         speculative_config=engine.speculative_config(),
         engine_args=engine.llm_arguments(),
         sampling_params=sampling_params,
         input=[(str(file), _file_digest(file)) for file in files],
+        text_field=text_field,
     )
 
 
 def _file_digest(path: Path) -> str:
     """The first digits of a SHA-256 over a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise UserError(f"--input {path}: {error.strerror}. Give a readable file.") from None

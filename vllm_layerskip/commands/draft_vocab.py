@@ -11,21 +11,24 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from vllm_layerskip.commands.arguments import checkpoint
 from vllm_layerskip.errors import UserError, needs_extra
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", required=True, help="Folder or name of the checkpoint: its tokenizer counts."
+        "--model",
+        type=checkpoint,
+        required=True,
+        help="Folder or name of the checkpoint: its tokenizer counts.",
     )
     parser.add_argument(
         "--corpus",
         required=True,
         nargs="+",
-        type=Path,
-        metavar="FILE_OR_FOLDER",
-        help="UTF-8 texts. Of a .jsonl file each line is a JSON string, or an object with the "
-        "text in --text-field; of a folder every text file counts, hidden ones aside.",
+        metavar="FILE",
+        help="Files, folders or patterns: text files; .jsonl, .json or .parquet files, of which "
+        "each record is a string or has the text in --text-field.",
     )
     parser.add_argument("--text-field", default="text", metavar="NAME", help="Default: text.")
     parser.add_argument(

@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from vllm_layerskip.commands.arguments import checkpoint
 from vllm_layerskip.errors import UserError, needs_extra
 from vllm_layerskip.evaluation.settings import (
     DEFAULT_SEQ_LEN,
@@ -42,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", metavar="MODEL", help="Folder or name of the checkpoint.")
+    what.add_argument(
+        "--model", type=checkpoint, metavar="MODEL", help="Folder or name of the checkpoint."
+    )
     what.add_argument(
         "--from-json",
         type=Path,
@@ -50,7 +53,10 @@ def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
         help="Measure nothing: show the result in a file that --json wrote.",
     )
     parser.add_argument(
-        "--compare", metavar="OTHER", help="A second checkpoint with the same tokenizer."
+        "--compare",
+        type=checkpoint,
+        metavar="OTHER",
+        help="A second checkpoint with the same tokenizer.",
     )
     parser.add_argument(
         "--labels",
@@ -65,8 +71,8 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
         "--data",
         nargs="+",
         metavar="SOURCE",
-        help="UTF-8 text files; .jsonl files, of which each line is a JSON string or an object "
-        "with the text in --text-field; folders of such files; or 'stdlib': the modules of "
+        help="Files, folders or patterns: text files; .jsonl, .json or .parquet files, of which "
+        "each record is a string or has the text in --text-field. Or 'stdlib': the modules of "
         "Python's standard library that the embedded checkpoint was not trained on.",
     )
     parser.add_argument("--text-field", default="text", metavar="NAME", help="Default: text.")

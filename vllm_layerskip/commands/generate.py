@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answer a file of prompts: JSON lines or Parquet in, JSON lines or Parquet out.
+"""Answer a file of prompts: JSON lines, Parquet or text in, JSON lines or Parquet out.
 
 A row has `prompt`, `messages` (a chat) or `prompt_token_ids`, optionally `id` and
-`sampling_params`; other columns are handed through. Output is in the order of the input. A row that
-cannot be served gets an `error` and no answer. A run that was interrupted goes on where it was:
-give the same command again. With --num-replicas above 1, Ray Data runs that many engines.
+`sampling_params`; other columns are handed through. OpenAI's batch files are understood. Output is
+in the order of the input. A row that cannot be served gets an `error` and no answer. A run that was
+interrupted goes on where it was: give the same command again. A finished one writes its answers in
+another --output-format or with --token-ids without an engine. With --num-replicas above 1, Ray Data
+runs that many engines.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_layerskip.commands.arguments import json_object
+from vllm_layerskip.commands.arguments import checkpoint, engine_args
 from vllm_layerskip.config.cli_args import exit_layer_argument
 from vllm_layerskip.errors import UserError, needs_extra
 
@@ -25,10 +27,16 @@ _SAMPLING = ("temperature", "top_p", "top_k", "max_tokens", "stop", "seed", "ign
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="Folder or name of the checkpoint.")
+    parser.add_argument(
+        "--model", type=checkpoint, required=True, help="Folder or name of the checkpoint."
+    )
     parser.add_argument(
         "--input", required=True, nargs="+", metavar="FILE",
-        help="Files, folders or patterns of .jsonl or .parquet files.",
+        help="Files, folders or patterns: .jsonl, .json, .parquet, or .txt with a prompt a line.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--text-field", default="prompt", metavar="NAME",
+        help="Column of the prompts that are texts. Default: prompt.",
     )  # fmt: skip
     _add_output_arguments(parser)
     _add_sampling_arguments(parser)
@@ -40,8 +48,7 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output", required=True, type=Path, metavar="FOLDER",
-        help="Gets output.jsonl (or output.parquet) and summary.json; what is needed to go on "
-        "until then.",
+        help="Gets output.jsonl (or output.parquet), summary.json, and the answers to go on from.",
     )  # fmt: skip
     group.add_argument(
         "--output-format", choices=("jsonl", "parquet"), default="jsonl", help="Default: jsonl."
@@ -83,7 +90,7 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-model-len", type=int, metavar="N", help="Default: the model's.")
     group.add_argument("--device", choices=("cuda", "cpu"), help="Default: cuda if there is a GPU.")
     group.add_argument(
-        "--engine-args", type=json_object, default={}, metavar="JSON",
+        "--engine-args", type=engine_args, default={}, metavar="JSON",
         help='Further arguments of vLLM\'s LLM, such as \'{"max_num_seqs": 64}\'.',
     )  # fmt: skip
 
@@ -118,17 +125,23 @@ def run(args: argparse.Namespace) -> None:
         f"{summary.num_rows} rows, of which {summary.num_errors} with an error, "
         f"{summary.num_output_tokens} tokens: {settings.output.file}"
     )
-    if summary.num_rows_of_this_run:
-        print(_this_run(summary))
+    print(_this_run(summary))
 
 
 def _settings(args: argparse.Namespace) -> BatchSettings:
     from vllm_layerskip.batch.settings import BatchSettings, EngineSettings, OutputSettings
+    from vllm_layerskip.measuring.cluster import check_answers
+    from vllm_layerskip.measuring.hardware import check_device
 
     for name in ("num_replicas", "rows_per_task", "tensor_parallel_size"):
         if getattr(args, name) < 1:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} {getattr(args, name)} must be an integer of at least 1.")
+    cluster_is_used = args.num_replicas > 1 or args.ray_address is not None
+    if cluster_is_used:
+        check_answers(args.ray_address)
+    else:
+        check_device(args.device)
     device = args.device or _default_device()
     given: dict[str, Any] = {name: getattr(args, name) for name in _SAMPLING}
     return BatchSettings(
@@ -146,7 +159,8 @@ def _settings(args: argparse.Namespace) -> BatchSettings:
             engine_args=args.engine_args,
         ),
         sampling_params={name: value for name, value in given.items() if value is not None},
-        cluster=_cluster(args, device),
+        cluster=_cluster(args, device) if cluster_is_used else None,
+        text_field=args.text_field,
     )
 
 
@@ -156,15 +170,15 @@ def _default_device() -> str:
     return "cuda" if gpu_info() else "cpu"
 
 
-def _cluster(args: argparse.Namespace, device: str) -> RayCluster | None:
+def _cluster(args: argparse.Namespace, device: str) -> RayCluster:
     from vllm_layerskip.batch.settings import RayCluster
 
-    if args.num_replicas == 1 and args.ray_address is None:
-        return None
     return RayCluster(args.num_replicas, args.ray_address, device, args.rows_per_task)
 
 
 def _this_run(summary: Summary) -> str:
+    if not summary.num_rows_of_this_run:
+        return "No row was left to answer, and no engine was started."
     drafted = ""
     if summary.acceptance_length is not None:
         drafted = f", acceptance length {summary.acceptance_length}"

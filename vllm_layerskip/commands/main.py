@@ -12,6 +12,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from vllm_layerskip import __version__
 from vllm_layerskip.commands import COMMANDS
@@ -39,6 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _CommandParser(argparse.ArgumentParser):
+    """A command's parser; a mistake is one line, as every other one, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        reason = " ".join(message.split()).rstrip(".")
+        self.exit(2, f"{self.prog}: error: {reason}. See {self.prog} --help.\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vllm-layerskip",
@@ -49,7 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
         action="version",
         version=f"%(prog)s {__version__} (vLLM {version.vllm_version()})",
     )
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, parser_class=_CommandParser
+    )
     for command in COMMANDS:
         module = importlib.import_module(command.module)
         subparser = subparsers.add_parser(

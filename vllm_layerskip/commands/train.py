@@ -45,4 +45,10 @@ def run(args: argparse.Namespace) -> None:
 
         config = TrainConfig.from_yaml(args.config)
         from vllm_layerskip.training.run import train
-    train(config, resume=args.resume, overwrite=args.overwrite, num_workers=args.num_workers)
+    try:
+        train(config, resume=args.resume, overwrite=args.overwrite, num_workers=args.num_workers)
+    except UserError as error:
+        message = str(error)  # It names an option, or a key of the file.
+        raise UserError(
+            message if message.startswith("--") else f"--config {args.config}: {message}"
+        ) from None

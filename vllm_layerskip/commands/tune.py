@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_layerskip.commands.arguments import json_object
+from vllm_layerskip.commands.arguments import checkpoint, engine_args
 from vllm_layerskip.errors import UserError, needs_extra
 from vllm_layerskip.tuning.settings import (
     ALL,
@@ -35,14 +35,20 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="Folder or name of the checkpoint.")
+    parser.add_argument(
+        "--model", type=checkpoint, required=True, help="Folder or name of the checkpoint."
+    )
     parser.add_argument(
         "--prompts",
         required=True,
-        type=Path,
+        nargs="+",
         metavar="FILE",
-        help="One prompt a line; of a .jsonl file each line is a string, or an object with "
-        "'prompt', 'text', or 'turns' (Spec-Bench's question.jsonl).",
+        help="Files, folders or patterns. Of .jsonl, .json and .parquet files each record is a "
+        "string, or has 'prompt', 'text', 'messages' (a chat) or 'turns' (Spec-Bench's "
+        "question.jsonl); of a .txt file each line is a prompt.",
+    )
+    parser.add_argument(
+        "--text-field", metavar="NAME", help="Where a record has its text, if not as above."
     )
     _add_grid(parser.add_argument_group("what may be chosen"))
     _add_prompts(parser.add_argument_group("prompts and answers"))
@@ -93,7 +99,7 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--draft-vocab", metavar="FILE", help="As `vllm serve --draft-vocab`.")
     group.add_argument("--enforce-eager", action="store_true", help="No compilation, no graphs.")
     group.add_argument(
-        "--engine-args", type=json_object, default={}, metavar="JSON",
+        "--engine-args", type=engine_args, default={}, metavar="JSON",
         help='Further arguments of vLLM\'s LLM, such as \'{"tensor_parallel_size": 2}\'.',
     )  # fmt: skip
 
@@ -199,7 +205,8 @@ def settings_of(args: argparse.Namespace) -> TuneSettings:
     return TuneSettings(
         model=args.model,
         prompts=PromptSettings(
-            path=args.prompts,
+            paths=tuple(args.prompts),
+            text_field=args.text_field,
             num_prompts=args.num_prompts,
             max_prompt_tokens=args.max_prompt_tokens,
             max_tokens=args.max_tokens,

@@ -90,6 +90,11 @@ REFUSED: tuple[Setting, ...] = (
         (False,),
     ),
     Setting(
+        "enable_batch_sharded_sampling",
+        "ranks would gather rows of log probabilities that are narrower than the verify steps'",
+        (None, False),
+    ),
+    Setting(
         "compilation_config.mode",
         "the early and the late stage are compiled by vLLM's own modes, not as one model",
         (None, "NONE", "DYNAMO_TRACE_ONCE", "VLLM_COMPILE"),

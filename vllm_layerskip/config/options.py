@@ -44,7 +44,7 @@ _MAY_BE_AUTO = frozenset({"draft_vocab", "exit_layer", "num_speculative_tokens"}
 
 _SET_BLOCK = (
     'or add {"layerskip": {"exit_layer": E, "num_speculative_tokens": K}} to the '
-    "checkpoint's config.json (on the command line: "
+    "checkpoint's config.json (with `vllm serve`: "
     '--hf-overrides \'{"layerskip": {"exit_layer": E, "num_speculative_tokens": K}}\').'
 )
 
@@ -173,7 +173,8 @@ def _resolve_num_speculative_tokens(request: Mapping[str, Any], block: Mapping[s
         raise ValueError(
             "speculative_config: num_speculative_tokens is not set, and the checkpoint's "
             f"config.json has no '{CONFIG_BLOCK}' block with it. Set "
-            "num_speculative_tokens (--spec-tokens) to an integer of at least 1, " + _SET_BLOCK
+            "num_speculative_tokens (--num-speculative-tokens) to an integer of at least 1, "
+            + _SET_BLOCK
         )
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(

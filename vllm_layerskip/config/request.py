@@ -7,6 +7,7 @@ it. This module is free of vLLM.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,6 +60,11 @@ def asks_for_layerskip(request: Mapping[str, Any] | None) -> bool:
     if not request:
         return False
     method, model = request.get("method"), request.get("model")
+    if method in (None, METHOD) and _has_lost_its_brackets(model):
+        raise ValueError(
+            f"speculative_config: model={model!r} must be '{SELF}', with the brackets. In a YAML "
+            f'file put it in quotes (speculative-model: "{SELF}"): without them it is a list.'
+        )
     if method == METHOD:
         if model not in (None, SELF):
             raise ValueError(
@@ -81,6 +87,11 @@ def asks_for_layerskip(request: Mapping[str, Any] | None) -> bool:
             f"(on the command line: --spec-model '{SELF}'), or drop the option."
         )
     return False
+
+
+def _has_lost_its_brackets(model: object) -> bool:
+    """Whether a model is what YAML, and vLLM's reader of YAML files, make of [self]."""
+    return model == ["self"] or (model == "self" and not os.path.exists("self"))
 
 
 def named(request: Mapping[str, Any], keys: list[str]) -> str:

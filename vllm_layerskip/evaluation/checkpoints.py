@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from vllm_layerskip.errors import UserError, first_line
 from vllm_layerskip.evaluation.exits import check_decoder
 from vllm_layerskip.evaluation.scores import last_exit_difference
+from vllm_layerskip.files.unreadable import unreadable
 
 
 def load_config(name: str, source: str, trust_remote_code: bool = False) -> Any:
@@ -25,7 +26,7 @@ def load_config(name: str, source: str, trust_remote_code: bool = False) -> Any:
     """
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except unreadable() as error:
         raise UserError(
             f"{source} {name}: no config could be read ({first_line(error)}). Give a folder with "
             "config.json, or a name on the model hub."
@@ -59,7 +60,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except unreadable() as error:
         raise UserError(
             f"{source} {name}: the model could not be read ({first_line(error)}). Give a complete "
             "checkpoint."

@@ -17,7 +17,6 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,8 +24,8 @@ import torch
 from vllm_layerskip.errors import UserError
 from vllm_layerskip.evaluation.settings import BeginOfSequence
 from vllm_layerskip.files.corpus import load_stdlib
-from vllm_layerskip.files.jsonl import jsonl_text
-from vllm_layerskip.files.text import text_files
+from vllm_layerskip.files.found import record_files
+from vllm_layerskip.files.records import good_records, text_of
 
 STDLIB = "stdlib"
 OPTION = "--data"
@@ -60,16 +59,16 @@ class Windows(NamedTuple):
 
 
 def read_documents(sources: Sequence[str], text_field: str) -> list[Document]:
-    """Text files, those of folders, the lines of .jsonl files, or ``stdlib``.
+    """Text files, the records of other files (``files.records``), or ``stdlib``.
 
     Raises:
-        UserError: a source does not exist, is no text, or there is no text at all.
+        UserError: a source does not exist or cannot be read, or there is no text at all.
     """
     documents = [
         document
         for source in sources
         for document in (
-            _held_out_modules() if source == STDLIB else _read_files(Path(source), text_field)
+            _held_out_modules() if source == STDLIB else _read_files(source, text_field)
         )
         if document.text.strip()
     ]
@@ -87,23 +86,9 @@ def _held_out_modules() -> Iterator[Document]:
         yield Document(name, held_out[name])
 
 
-def _read_files(path: Path, text_field: str) -> Iterator[Document]:
-    for file in text_files([path], OPTION):
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise UserError(
-                f"{OPTION} {file}: this is no UTF-8 text. Convert it, or leave it out."
-            ) from None
-        except OSError as error:
-            raise UserError(f"{OPTION} {file}: {error.strerror}.") from None
-        if file.suffix != ".jsonl":
-            yield Document(str(file), text)
-            continue
-        for number, line in enumerate(text.split("\n"), start=1):  # Not U+2028, which JSON allows.
-            if line.strip():
-                where = f"{OPTION} {file}, line {number}"
-                yield Document(f"{file}:{number}", jsonl_text(line, where, text_field))
+def _read_files(source: str, text_field: str) -> Iterator[Document]:
+    for record in good_records(record_files([source], OPTION), OPTION, text="document"):
+        yield Document(record.where, text_of(record, OPTION, text_field))
 
 
 def encode(

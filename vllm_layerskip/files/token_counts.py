@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_layerskip.errors import UserError, first_line
-from vllm_layerskip.files.jsonl import jsonl_text
-from vllm_layerskip.files.text import text_files
+from vllm_layerskip.files.found import record_files
+from vllm_layerskip.files.records import good_records, is_text_file, text_lines, text_of
 from vllm_layerskip.files.tokenizers import load_tokenizer, stop_token_ids
+from vllm_layerskip.files.unreadable import unreadable
 
 PASSAGE_CHARS = 20_000
 """Texts are cut at line ends into passages of about this size."""
@@ -30,10 +31,10 @@ class TokenChoice:
 
     model: str
     """Folder or name of the checkpoint whose tokenizer counts."""
-    corpus: Sequence[Path]
-    """Files and folders."""
+    corpus: Sequence[str | Path]
+    """Files, folders and patterns."""
     text_field: str = "text"
-    """The key of a text in an object of a .jsonl file."""
+    """The key of a text in an object or a table."""
     size: int = 32_000
 
 
@@ -72,7 +73,7 @@ def choose_tokens(choice: TokenChoice) -> tuple[list[int], TokenCounts]:
     Raises:
         UserError: a setting is wrong, or a file cannot be read; the message names the option.
     """
-    files = text_files(choice.corpus, "--corpus")
+    files = record_files(choice.corpus, "--corpus")
     vocabulary = load_vocabulary(choice.model)
     num_always = len(vocabulary.always)
     if not num_always <= choice.size <= vocabulary.size:
@@ -94,7 +95,7 @@ def load_vocabulary(model: str) -> Vocabulary:
 
     try:
         config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
+    except unreadable() as error:
         raise UserError(
             f"--model {model}: no config could be read ({first_line(error)}). Give a folder with "
             "config.json and the tokenizer's files, or a name on the model hub."
@@ -132,25 +133,18 @@ def count_tokens(vocabulary: Vocabulary, files: Sequence[Path], text_field: str)
 
 
 def _tokenized_passages(tokenizer: Any, file: Path, text_field: str) -> Iterator[list[int]]:
-    try:
-        for batch in _batches(_passages(_texts(file, text_field))):
-            yield from tokenizer(batch, add_special_tokens=False, verbose=False).input_ids
-    except UnicodeDecodeError:
-        raise UserError(
-            f"--corpus {file}: this is no UTF-8 text. Convert it, or leave it out."
-        ) from None
+    for batch in _batches(_passages(_texts(file, text_field))):
+        yield from tokenizer(batch, add_special_tokens=False, verbose=False).input_ids
 
 
 def _texts(file: Path, text_field: str) -> Iterator[str]:
-    """Lines, or the texts of a .jsonl file; each ends with a line end."""
-    with file.open(encoding="utf-8") as lines:
-        if file.suffix != ".jsonl":
-            yield from lines
-            return
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                text = jsonl_text(line, f"--corpus {file}, line {number}", text_field)
-                yield text if text.endswith("\n") else f"{text}\n"
+    """The lines of a text file, or the texts of its records; each ends with a line end."""
+    if is_text_file(file):
+        yield from text_lines(file, "--corpus")
+        return
+    for record in good_records([file], "--corpus", text="document"):
+        text = text_of(record, "--corpus", text_field)
+        yield text if text.endswith("\n") else f"{text}\n"
 
 
 def _passages(texts: Iterator[str]) -> Iterator[str]:
@@ -204,4 +198,10 @@ def coverage_table(counts: TokenCounts, token_ids: Sequence[int]) -> str:
         shares = (coverage(part, token_ids[:size]) for part in (counts.counted, counts.held_out))
         seen, held_out = ("-" if share is None else f"{share:.2f} %" for share in shares)
         lines.append(f"{size:8d}  {seen:>14}  {held_out:>16}")
+    if not counts.held_out.total():
+        lines.append(
+            f"No text is held out: of each {HOLD_OUT_EVERY} passages of {PASSAGE_CHARS} characters "
+            f"one is, and the corpus has {counts.num_passages}. Give more text to measure "
+            "coverage of text that was not counted."
+        )
     return "\n".join(lines)

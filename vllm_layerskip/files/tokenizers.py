@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_layerskip.errors import UserError, first_line
+from vllm_layerskip.errors import UserError, one_line
+from vllm_layerskip.files.unreadable import unreadable
 
 
 def load_tokenizer(name: str, source: str, **options: Any) -> Any:
@@ -23,10 +24,10 @@ def load_tokenizer(name: str, source: str, **options: Any) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+    except unreadable() as error:
         raise UserError(
-            f"{source} {name}: no tokenizer could be read ({first_line(error)}). Give a folder "
-            "with the tokenizer's files, or a name on the model hub."
+            f"{source} {name}: no tokenizer could be read ({one_line(error).rstrip('.')}). Give a "
+            "folder with the tokenizer's files, or a name on the model hub."
         ) from None
 
 

@@ -34,6 +34,7 @@ class HostContact:
 
 
 MODEL_RUNNER_MODULE = "vllm.v1.worker.gpu.model_runner"
+EXECUTOR_MODULE = "vllm.v1.executor.abstract"
 
 _GPU = "vllm.v1.worker.gpu"
 _CONTEXT = "vllm.forward_context"
@@ -52,6 +53,7 @@ _METHODS = "vLLM lets a plugin register a speculative method"
 _FLAGS = "vLLM lets a plugin add engine arguments"
 _STATISTICS = "vLLM carries a plugin's statistics from workers to loggers"
 _CPU_KERNELS = "vLLM's CPU build has kernels of its own for Model Runner V2"
+_LOGPROBS = "vLLM's rejection sampler reads logprob_token_ids"
 _INTERPRETER = "vLLM runs Triton's interpreter on a CPU by itself"
 
 # fmt: off
@@ -217,6 +219,43 @@ CONTACTS: tuple[HostContact, ...] = (
                  "attn_groups", "kv_cache_config", "for_capture")),
     HostContact(f"{_GPU}.model_states:resolve_model_state_cls", "called", "worker",
                 "asks the model for its state class", ("vllm_config", "model")),
+    # Log probabilities of named token ids.
+    HostContact(f"{_MODEL_STATE}.custom_sampler", "overridden", "worker",
+                "gives the runner our rejection sampler", ("self", "sampler")),
+    HostContact(f"{_GPU}.spec_decode.rejection_sampler:RejectionSampler.__init__", "subclassed",
+                "worker", "takes vLLM's sampler", ("self", "sampler", "spec_config", "device"),
+                remove_when=_LOGPROBS),
+    *(
+        HostContact(f"{_GPU}.spec_decode.rejection_sampler:RejectionSampler.{name}", "overridden",
+                    "worker", why, ("self", *parameters), remove_when=_LOGPROBS)
+        for name, why, parameters in (
+            ("__call__", "learns how many token ids a batch's requests name",
+             ("logits", "input_batch", "draft_logits", "invalid_drafts")),
+            ("_verify", "learns which requests are being verified",
+             ("logits", "draft_logits", "draft_sampled", "pos", "cu_num_logits", "idx_mapping",
+              "idx_mapping_np", "expanded_idx_mapping")),
+            ("_get_logprobs_tensors", "adds the columns of named token ids",
+             ("sampled", "num_sampled", "logits", "cu_num_logits", "cu_num_logits_np",
+              "max_num_logprobs")),
+        )
+    ),
+    HostContact(f"{_GPU}.sample.logprob:compute_topk_scores", "called", "worker",
+                "gives log probabilities, as vLLM's sampler asks for them",
+                ("logits", "num_logprobs", "sampled_token_ids", "cu_num_logits",
+                 "logprob_token_ids_state", "expanded_idx_mapping", "max_per_req_token_ids",
+                 "logits_mode"), remove_when=_LOGPROBS),
+    HostContact(f"{_GPU}.sample.logprob:LogprobTokenIdsState.max_num_token_ids", "called", "worker",
+                "counts the token ids that a batch's requests name", ("self", "idx_mapping_np"),
+                remove_when=_LOGPROBS),
+    # Changes of weights.
+    HostContact(f"{EXECUTOR_MODULE}:Executor.collective_rpc", "wrapped", "scheduler",
+                "its overrides announce calls that may change weights",
+                ("self", "method", "timeout", "args", "kwargs"),
+                remove_when="vLLM tells a speculator that weights changed"),
+    HostContact(f"{EXECUTOR_MODULE}:Executor.__init__", "read", "scheduler",
+                "sets speculative_config", ("self", "vllm_config")),
+    HostContact("vllm.v1.worker.worker_base:WorkerBase.get_model", "called", "worker",
+                "gives the model that counts changes of its weights", ("self",)),
     # LoRA.
     HostContact("vllm.lora.model_manager:LoRAModelManager.set_adapter_mapping", "called", "worker",
                 "maps rows of drafts and of verify logits to adapters", ("self", "mapping"),
@@ -307,8 +346,10 @@ CONTACTS: tuple[HostContact, ...] = (
         )
     ),
     # Offline batches.
-    HostContact("vllm.exceptions:VLLMClientError", "read", "front end",
-                "caught when vLLM refuses a request of a batch"),
+    HostContact("vllm.v1.engine.exceptions:EngineDeadError", "read", "front end",
+                "ends a batch, where every other error is one request's"),
+    HostContact("vllm.v1.engine.llm_engine:LLMEngine.__init__", "read", "front end",
+                "errors before it are about arguments, errors within it about the engine's start"),
     # Model Runner V2 on a CPU.
     HostContact("vllm.platforms:vllm_version_matches_substr", "called", "every",
                 "tells a CPU build", ("substr",), remove_when=_INTERPRETER),

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_layerskip.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -79,3 +82,20 @@ def gpu_info() -> dict[str, str] | None:
         return None
     values = process.stdout.splitlines()[0].split(", ")
     return dict(zip(("name", "driver", "memory"), values, strict=True))
+
+
+def check_device(name: str | None) -> None:
+    """Refuse ``--device cuda`` on a machine without a GPU.
+
+    Args:
+        name: what ``--device`` says; None if it is not given.
+
+    Raises:
+        UserError: there is no GPU.
+    """
+    # A container may have the GPU and no nvidia-smi.
+    if name == "cuda" and gpu_info() is None and not list(Path("/dev").glob("nvidia[0-9]*")):
+        raise UserError(
+            "--device cuda: this machine has no GPU that nvidia-smi knows of. Give --device cpu, "
+            "or leave it out for what there is."
+        )

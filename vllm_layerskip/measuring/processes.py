@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from vllm_layerskip.host.process_output import last_error
+
 LOG_TAIL_CHARS = 3000
 PATIENCE_S = 20.0
 """How long a process may clean up before it is killed."""
@@ -48,6 +50,19 @@ def logged_process(
 def log_tail(log: Path) -> str:
     """The end of a log, where errors are."""
     return log.read_text(encoding="utf-8", errors="replace")[-LOG_TAIL_CHARS:]
+
+
+def reason_of_failure(process: subprocess.Popen[bytes], log: Path) -> str:
+    """Why a process failed: its status, and the last error in its log, in one line.
+
+    Without an error there it is the log's last line.
+    """
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    written = [line.strip() for line in lines if line.strip()]
+    status = f"exit status {process.returncode}"
+    if not written:
+        return f"{status}; it wrote nothing"
+    return f"{status}: {(last_error(lines) or written[-1]).rstrip('.')}"
 
 
 def _end(process: subprocess.Popen[bytes], patience_s: float) -> None:

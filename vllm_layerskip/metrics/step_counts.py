@@ -55,8 +55,7 @@ def send_from_workers() -> None:
 
 
 def wrap_get_scheduler_cls(original: Callable) -> Callable:
-    """For ``SchedulerConfig``. Wrapped because it runs in the scheduler's process, once an engine,
-    and knows the scheduler's class; other processes import nothing for it."""
+    """For ``SchedulerConfig``: the class that it returns hands the counts on."""
 
     def get_scheduler_cls(self: Any) -> Any:
         scheduler_cls = original(self)

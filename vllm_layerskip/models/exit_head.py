@@ -9,16 +9,17 @@ import torch
 
 
 class ExitHead:
-    """Mixin that gives a model an argmax over its LM head and a count of its weight loads."""
+    """Mixin that gives a model an argmax over its LM head and a count of changes of its weights."""
 
     lm_head: Any
     logits_processor: Any
 
-    num_weight_loads = 0
-    """Calls of ``load_weights``; a copy of weights from before the last call is stale."""
+    num_weight_changes = 0
+    """Calls of ``load_weights``, and of whatever else may have changed weights
+    (``worker/weight_changes.py``). What was made from weights at another count is stale."""
 
     def load_weights(self, *args: Any, **kwargs: Any) -> Any:
-        self.num_weight_loads += 1
+        self.num_weight_changes += 1
         return super().load_weights(*args, **kwargs)  # type: ignore[misc]
 
     def get_top_tokens(

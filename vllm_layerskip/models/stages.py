@@ -197,7 +197,7 @@ class LayerSkipForCausalLM(ExitHead, Decoder, nn.Module):
                 yield name, weight
 
         loaded_names = super().load_weights(seen())
-        if self._loads_checkpoint and self.num_weight_loads == 1:
+        if self._loads_checkpoint and self.num_weight_changes == 1:
             missing = missing_weights(
                 (name for name, _ in self.named_parameters()),
                 getattr(self, "packed_modules_mapping", {}),

@@ -9,9 +9,10 @@ import typing
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
-from vllm_layerskip.errors import UserError
+from vllm_layerskip.errors import UserError, one_line
 from vllm_layerskip.training.config import TrainConfig, check_keys
 from vllm_layerskip.training.trainer import check_arguments
 
@@ -32,8 +33,10 @@ def make_arguments(config: TrainConfig) -> TrainingArguments:
     try:
         args = TrainingArguments(**_defaults(config) | given)
         check_arguments(args)
+        _check_reports(args)
+        _check_optimizer(args)
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
-        raise UserError(f"training: {error}") from None
+        raise UserError(f"training: {one_line(error)}") from None
     if args.fsdp and args.device.type == "cpu":
         raise UserError(
             "training.fsdp needs GPUs: on a CPU accelerate would ignore it. Leave it out."
@@ -44,6 +47,36 @@ def make_arguments(config: TrainConfig) -> TrainingArguments:
             "evaluate on, or leave eval_strategy out."
         )
     return args
+
+
+def _check_reports(args: TrainingArguments) -> None:
+    """See that what ``report_to`` names is installed; the trainer would ask after minutes.
+
+    Raises:
+        UserError: it is not.
+    """
+    for callback in get_reporting_integration_callbacks(args.report_to):
+        try:
+            callback()
+        except (ImportError, RuntimeError) as error:
+            raise UserError(
+                f"training.report_to={args.report_to!r}: {one_line(error).rstrip('.')}, or leave "
+                "report_to out: tensorboard is the default."
+            ) from None
+
+
+def _check_optimizer(args: TrainingArguments) -> None:
+    """See that the package of an optimizer is installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, ValueError) as error:
+        # Some optimizers are only made with the model; that is no missing package.
+        if "install" in str(error):
+            raise UserError(f"training.optim={str(args.optim)!r}: {one_line(error)}") from None
 
 
 def _defaults(config: TrainConfig) -> dict[str, Any]:

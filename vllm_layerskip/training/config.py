@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from vllm_layerskip.errors import UserError
+from vllm_layerskip.errors import UserError, one_line
 from vllm_layerskip.training.recipe import Recipe
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -64,10 +64,10 @@ class Source:
     """Where texts come from: exactly one of files, dataset and python_stdlib."""
 
     files: tuple[str, ...] = ()
-    """Text files (one document each), .jsonl files (one document a line), or folders, of which
-    every visible text file is read."""
+    """Files, folders or patterns: text files (one document each), and .jsonl, .ndjson, .json or
+    .parquet files (one document a record)."""
     dataset: str | None = None
-    """A Hugging Face dataset: its name, a folder that `load_dataset` reads, or one that
+    """A Hugging Face dataset: its name, a file, a folder that `load_dataset` reads, or one that
     `save_to_disk` wrote."""
     name: str | None = None
     """Configuration of the dataset."""
@@ -186,8 +186,11 @@ class TrainConfig:
         try:
             values = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise UserError(f"--config {path}: this is no YAML ({error}).") from None
-        return cls.from_dict(values)
+            raise UserError(f"--config {path}: this is no YAML ({one_line(error)}).") from None
+        try:
+            return cls.from_dict(values)
+        except UserError as error:
+            raise UserError(f"--config {path}: {error}") from None
 
     @classmethod
     def from_dict(cls, values: Any) -> TrainConfig:

@@ -18,9 +18,10 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from vllm_layerskip.errors import UserError, first_line
+from vllm_layerskip.errors import UserError, first_line, one_line
 from vllm_layerskip.evaluation.exits import check_decoder
 from vllm_layerskip.files import tokenizers
+from vllm_layerskip.files.unreadable import unreadable
 from vllm_layerskip.training.config import ModelConfig, OutputConfig, check_keys
 from vllm_layerskip.training.recipe import Recipe
 
@@ -49,10 +50,10 @@ def load_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pretr
         return _new_config(model, tokenizer)
     try:
         config = AutoConfig.from_pretrained(model.path, revision=model.revision)
-    except (OSError, ValueError) as error:
+    except unreadable() as error:
         raise UserError(
             f"model.path: {model.path!r} holds no checkpoint that could be read "
-            f"({first_line(error)}). Name a folder with config.json and weights, or a name on the "
+            f"({one_line(error)}). Name a folder with config.json and weights, or a name on the "
             "model hub."
         ) from None
     names = config.architectures or []
@@ -81,8 +82,9 @@ def _new_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pretr
     }
     try:
         return AutoConfig.for_model(model.model_type, **{**defaults, **model.config})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"model.config: {first_line(error)}. Correct the value.") from None
+    except unreadable() + (TypeError,) as error:
+        reason = one_line(error).rstrip(".")
+        raise UserError(f"model.config: {reason}. Correct the value.") from None
 
 
 def check_model(
@@ -91,6 +93,7 @@ def check_model(
     output: OutputConfig,
     tokenizer: PreTrainedTokenizerBase,
     seq_len: int,
+    from_scratch: bool,
 ) -> None:
     """Refuse a model without exits, or one that the rest of the config does not fit.
 
@@ -119,10 +122,14 @@ def check_model(
         )
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= config.vocab_size:
+        remedy = (
+            f"Set model.config.vocab_size to at least {largest + 1}, or leave it out"
+            if from_scratch
+            else "Name one that fits: with model.path the size is the checkpoint's"
+        )
         raise UserError(
             f"model.tokenizer: it yields token id {largest}, but the model has vocab_size="
-            f"{config.vocab_size}. Use the checkpoint's own tokenizer, or set "
-            f"model.config.vocab_size to at least {largest + 1}."
+            f"{config.vocab_size}. {remedy}."
         )
 
 

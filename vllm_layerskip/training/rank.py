@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from datasets import Dataset  # type: ignore[import-untyped]
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from vllm_layerskip.errors import UserError, one_line
 from vllm_layerskip.training.arguments import make_arguments
 from vllm_layerskip.training.config import TrainConfig
 from vllm_layerskip.training.data import Collator, load_samples
@@ -58,7 +60,8 @@ def train_here(
         if args.process_index == 0:
             checked.start_run(args.world_size, resume)
     checkpoint = get_last_checkpoint(config.output.resolved_run_folder) if resume else None
-    trainer = checked.make_trainer(train_data, eval_data)
+    with _missing_packages_named():
+        trainer = checked.make_trainer(train_data, eval_data)
     prepare(trainer)
     if trainer.is_world_process_zero():
         print(_summary(config, trainer, len(train_data), checkpoint), flush=True)
@@ -66,6 +69,21 @@ def train_here(
     trainer.save_state()
     checked.write_checkpoint(trainer)
     return config.output.folder
+
+
+@contextmanager
+def _missing_packages_named() -> Iterator[None]:
+    """Report a package that transformers needs for a key of the config and does not find.
+
+    Raises:
+        UserError: it has transformers' words, which name the package.
+    """
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").startswith("vllm_layerskip"):
+            raise
+        raise UserError(one_line(error)) from None
 
 
 def check_run(config: TrainConfig, *, num_ranks: int, resume: bool, overwrite: bool) -> None:
@@ -145,7 +163,14 @@ def _check(config: TrainConfig) -> _CheckedRun:
     args = make_arguments(config)
     tokenizer = load_tokenizer(config.model)
     model_config = load_config(config.model, tokenizer)
-    check_model(model_config, config.recipe, config.output, tokenizer, config.data.seq_len)
+    check_model(
+        model_config,
+        config.recipe,
+        config.output,
+        tokenizer,
+        config.data.seq_len,
+        config.model.path is None,
+    )
     return _CheckedRun(config, args, tokenizer, model_config)
 
 

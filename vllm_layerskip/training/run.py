@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vllm_layerskip.measuring.cluster import check_answers
 from vllm_layerskip.training.config import TrainConfig
 from vllm_layerskip.training.rank import train_here
 
@@ -27,6 +28,7 @@ def train(
     """
     config = config.with_absolute_paths()
     if num_workers > 1:
+        check_answers(None)
         from vllm_layerskip.training.ray_train import train_with_ray
 
         return train_with_ray(config, num_workers, resume=resume, overwrite=overwrite)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_layerskip.errors import UserError, first_line
+from vllm_layerskip.files.unreadable import unreadable
 from vllm_layerskip.files.whole import whole_file, write_json
 from vllm_layerskip.tuning.schedule import Choice
 
@@ -43,7 +44,7 @@ def _hub_config(model: str) -> dict[str, Any]:
 
     try:
         return AutoConfig.from_pretrained(model).to_dict()
-    except (OSError, ValueError) as error:
+    except unreadable() as error:
         raise UserError(
             f"--model {model}: there is no such folder, and no such checkpoint on the model hub "
             f"could be read ({first_line(error)}). Correct the path or the name."

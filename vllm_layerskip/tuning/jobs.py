@@ -9,6 +9,9 @@ from typing import Any
 
 from vllm_layerskip.tuning.grid import Cell
 
+USER_ERROR = "user_error"
+"""The key of a mistake of the user, in place of a job's results."""
+
 
 @dataclass(frozen=True)
 class EngineSettings:

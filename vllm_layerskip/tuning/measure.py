@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm_layerskip.errors import UserError
+from vllm_layerskip.host.engine_start import Given, start_engine
 from vllm_layerskip.measuring.timing import Window, run_steps, steady_window
 from vllm_layerskip.tuning.cells import Measurement, output_digest
 from vllm_layerskip.tuning.grid import PLAIN, Cell
@@ -66,6 +68,14 @@ def engine_arguments(engine: EngineSettings, cell: Cell, max_num_seqs: int) -> d
     return arguments | dict(engine.engine_args)
 
 
+def given_arguments(engine: EngineSettings, cell: Cell, max_num_seqs: int) -> Given:
+    """Arguments of ``LLM`` for a cell, with the options that they came from."""
+    options = {"dtype": f"--dtype {engine.dtype}"}
+    if engine.draft_vocab is not None:
+        options["draft_vocab"] = f"--draft-vocab {engine.draft_vocab}"
+    return Given(engine_arguments(engine, cell, max_num_seqs), options, engine.engine_args)
+
+
 def _speculative_config(engine: EngineSettings, cell: Cell) -> dict[str, Any]:
     """E and K are stated, so that neither the checkpoint's pair nor its schedule is used."""
     exit_layer, num_drafts = cell
@@ -80,12 +90,14 @@ def _speculative_config(engine: EngineSettings, cell: Cell) -> dict[str, Any]:
 
 
 def measure_cells(job: CellJob) -> Iterator[Measurement]:
-    """Start each cell's engine in this process and measure every batch size."""
-    from vllm import LLM
+    """Start each cell's engine in this process and measure every batch size.
 
+    Raises:
+        UserError: an engine cannot start with these settings, or answers are too short.
+    """
     for cell in job.cells:
         start = time.perf_counter()
-        llm = LLM(**engine_arguments(job.engine, cell, max(job.workload.batch_sizes)))
+        llm = start_engine(given_arguments(job.engine, cell, max(job.workload.batch_sizes)))
         start_s = time.perf_counter() - start
         run_steps(llm, job.workload.prompts, max_tokens=1)  # Fills the prefix cache.
         for batch_size in job.workload.batch_sizes:
@@ -104,7 +116,7 @@ def measure_batch_size(
         start_s: what the engine took to start.
 
     Raises:
-        ValueError: every answer is too short for a step in which all requests decode.
+        UserError: every answer is too short for a step in which all requests decode.
     """
     workload, (exit_layer, num_drafts) = job.workload, cell
     groups = batch_groups(workload.prompts, batch_size)
@@ -157,8 +169,8 @@ def _run(
         except ValueError:
             continue  # An answer so short that no step is left.
     if not windows:
-        raise ValueError(
-            f"No answer of batch size {len(groups[0])} is long enough to be timed. Raise "
+        raise UserError(
+            f"no answer of batch size {len(groups[0])} is long enough to be timed. Raise "
             "--max-tokens, lower --batch-sizes, or give prompts with longer answers."
         )
     return Run(tuple(windows))
@@ -176,10 +188,10 @@ def _counts(llm: LLM, cell: Cell) -> tuple[int, int]:
 
 def generate(engine: EngineSettings, workload: Workload) -> list[list[int]]:
     """Plain vLLM's greedy answers to all prompts."""
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
-    llm = LLM(**engine_arguments(engine, PLAIN, max(workload.batch_sizes)))
+    llm = start_engine(given_arguments(engine, PLAIN, max(workload.batch_sizes)))
     params = SamplingParams(
         temperature=0,
         max_tokens=workload.max_tokens,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_layerskip.errors import UserError
-from vllm_layerskip.measuring.hardware import gpu_info
+from vllm_layerskip.measuring.hardware import check_device, gpu_info
 from vllm_layerskip.measuring.roofline import Roofline
 from vllm_layerskip.tuning.checkpoint_block import read_config
 from vllm_layerskip.tuning.costs import RooflineCosts, find_roofline
@@ -24,7 +24,7 @@ from vllm_layerskip.tuning.prompts import (
     read_prompts,
 )
 from vllm_layerskip.tuning.ray_jobs import RayNodes, connect
-from vllm_layerskip.tuning.settings import DEFAULT_MEASURED, TuneSettings
+from vllm_layerskip.tuning.settings import DEFAULT_MEASURED, MeasuringSettings, TuneSettings
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,7 @@ class TuningPlan:
 
     @property
     def num_measured(self) -> int:
-        if self.settings.measuring.num_measured is not None:
-            return self.settings.measuring.num_measured
-        return 0 if self.roofline else DEFAULT_MEASURED
+        return _num_measured(self.settings.measuring)
 
     def cell_job(self, cells: tuple[Cell, ...]) -> CellJob:
         return CellJob(cells, self.engine, self.workload, self.settings_digest)
@@ -80,10 +78,12 @@ def make_plan(settings: TuneSettings) -> TuningPlan:
         UserError: an option is wrong; the message names it, its value and what to do.
     """
     _check_counts(settings)
+    if settings.ray is None and _loads_the_model(settings.measuring):
+        check_device(settings.engine.device)
     config = read_config(settings.model)
     grid = make_grid(settings.grid, _num_layers(settings.model, config))
     _check_answers(settings.prompts.max_tokens, max(grid.num_speculative_tokens))
-    prompts = read_prompts(settings.prompts.path)
+    prompts = read_prompts(settings.prompts.paths, settings.prompts.text_field)
     outputs = choose_outputs(settings.output, settings.model)
     nodes = connect(settings.ray, settings.engine.device) if settings.ray else None
     device = _device(settings, nodes)
@@ -112,6 +112,18 @@ def make_plan(settings: TuneSettings) -> TuningPlan:
         nodes=nodes,
         outputs=outputs,
     )
+
+
+def _loads_the_model(measuring: MeasuringSettings) -> bool:
+    """Whether anything runs on this machine's device."""
+    costs_are_measured = measuring.hardware is None or _num_measured(measuring) != 0
+    return costs_are_measured or measuring.agreement is None
+
+
+def _num_measured(measuring: MeasuringSettings) -> int:
+    if measuring.num_measured is not None:
+        return measuring.num_measured
+    return 0 if measuring.hardware else DEFAULT_MEASURED
 
 
 def _check_counts(settings: TuneSettings) -> None:

@@ -14,9 +14,9 @@ from typing import IO, Any
 
 from vllm_layerskip.errors import UserError
 from vllm_layerskip.evaluation.agreement import Agreement
-from vllm_layerskip.measuring.processes import log_tail, logged_process
+from vllm_layerskip.measuring.processes import logged_process, reason_of_failure
 from vllm_layerskip.tuning.cells import Measurement
-from vllm_layerskip.tuning.jobs import AgreementJob, CellJob
+from vllm_layerskip.tuning.jobs import USER_ERROR, AgreementJob, CellJob
 
 
 def worker_environment(device: str) -> dict[str, str]:
@@ -49,7 +49,7 @@ def run_job(request: Mapping[str, Any], device: str, log: Path) -> Iterator[dict
     """Results of a request to ``worker.py``, each as soon as its process has written it.
 
     Raises:
-        UserError: the process failed; the message ends with its log.
+        UserError: the process failed; the message names its log and has the error in it.
     """
     with tempfile.TemporaryDirectory() as folder:
         request_path, output_path = Path(folder, "request.json"), Path(folder, "results.jsonl")
@@ -61,11 +61,14 @@ def run_job(request: Mapping[str, Any], device: str, log: Path) -> Iterator[dict
             logged_process(command, log, worker_environment(device)) as process,
             output_path.open(encoding="utf-8") as output,
         ):
-            yield from _results(process, output)
+            for result in _results(process, output):
+                if USER_ERROR in result:
+                    raise UserError(result[USER_ERROR])
+                yield result
         if process.returncode != 0:
             raise UserError(
-                f"a process that loads the model failed (status {process.returncode}); its log is "
-                f"{log} and ends with\n{log_tail(log).rstrip()}"
+                f"a process that loads the model failed with {reason_of_failure(process, log)}. "
+                f"Its log: {log}"
             )
 
 

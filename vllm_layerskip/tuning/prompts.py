@@ -1,78 +1,88 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts from a file: Spec-Bench's questions, JSON lines, or one prompt a line."""
+"""Prompts to tune for, from files: Spec-Bench's questions, chats, texts, or one prompt a line."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_layerskip.chats.chat import chat_token_ids
 from vllm_layerskip.errors import UserError
-from vllm_layerskip.files.jsonl import is_text, json_value
+from vllm_layerskip.files.found import record_files
+from vllm_layerskip.files.records import Record, good_records, text_of, without_nulls
 from vllm_layerskip.files.tokenizers import load_tokenizer, stop_token_ids
+from vllm_layerskip.files.turns import is_text
 
 TEXT_KEYS = ("prompt", "text")
-_JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+OPTION = "--prompts"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's text, and its category if the file names one."""
+    """A text or a chat, and its category if the file names one."""
 
     text: str
+    """Empty for a chat."""
     category: str | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    tools: Any = None
+    """Of a chat, as ``chats.chat`` takes them."""
+    where: str = field(default="", compare=False)
+    """File and line, for messages."""
 
 
-def read_prompts(path: Path, option: str = "--prompts") -> list[Prompt]:
-    """The prompts of a file.
+def read_prompts(paths: Iterable[str | Path], text_field: str | None = None) -> list[Prompt]:
+    """The prompts of files (``files.records``).
 
-    Each line of a ``.jsonl`` file is a string, an object with ``prompt`` or ``text``, or one with
-    ``turns`` as Spec-Bench has it (``question_id``, ``category``, ``turns``), of which the first
-    turn counts. Each line of any other file is a prompt.
+    A record is a string, an object with ``prompt`` or ``text``, one with ``messages`` (a chat, with
+    ``tools`` if it has some), or one with ``turns`` as Spec-Bench has it (``question_id``,
+    ``category``, ``turns``), of which the first turn counts. Each line of a text file is a prompt.
+
+    Args:
+        text_field: the key of the text, and no other counts; None for those above.
 
     Raises:
-        UserError: there is no such file, it is no text, or it holds no prompt.
+        UserError: a file cannot be read, or holds a record that is no prompt, or there is none.
     """
-    try:
-        content = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"{option} {path}: {error.strerror}. Give a readable file of prompts."
-        ) from None
-    except UnicodeDecodeError:
-        raise UserError(f"{option} {path}: this is no UTF-8 text. Convert it.") from None
-    lines = [(n, line) for n, line in enumerate(content.splitlines(), start=1) if line.strip()]
-    if path.suffix in _JSON_SUFFIXES:
-        prompts = [_json_prompt(line, f"{option} {path}, line {n}") for n, line in lines]
-    else:
-        prompts = [Prompt(line) for _, line in lines]
+    files = record_files(paths, OPTION)
+    prompts = [_prompt(record, text_field) for record in good_records(files, OPTION, text="lines")]
     if not prompts:
-        raise UserError(f"{option} {path}: there is no prompt in it. Give a file that holds some.")
+        raise UserError(
+            f"{OPTION} {' '.join(map(str, paths))}: there is no prompt in it. Give a file that "
+            "holds some."
+        )
     return prompts
 
 
-def _json_prompt(line: str, where: str) -> Prompt:
-    try:
-        record = json_value(line, where)
-    except UserError as error:
-        raise UserError(
-            f"{error} Each line must be a JSON string or object; call a file of plain lines .txt."
-        ) from None
-    texts, category = [record], None
-    if isinstance(record, dict):
-        texts = [_first_turn(record), *(record.get(key) for key in TEXT_KEYS)]
-        category = record.get("category")
-    for text in filter(is_text, texts):
-        return Prompt(text, category if isinstance(category, str) else None)
-    raise UserError(
-        f"{where}: there is no prompt. Each line must be a JSON string, or an object with the text "
-        "in 'prompt' or 'text', or in 'turns' as Spec-Bench has it."
-    )
+def _prompt(record: Record, text_field: str | None) -> Prompt:
+    value = without_nulls(record.value) if record.is_row else record.value
+    if not isinstance(value, Mapping):
+        value = {"prompt": value}
+    category = value.get("category")
+    category = category if isinstance(category, str) else None
+    if text_field is None and isinstance(value.get("messages"), list) and value["messages"]:
+        chat = tuple(value["messages"])
+        return Prompt("", category, chat, value.get("tools") or None, record.where)
+    texts = {"turns": _first_turn(value), **{key: value.get(key) for key in TEXT_KEYS}}
+    if text_field is not None:
+        texts = {text_field: value.get(text_field)}
+    key = next((key for key, text in texts.items() if is_text(text)), None)
+    if key is None:
+        wanted = (
+            f"an object with the text in {text_field!r} (--text-field)"
+            if text_field is not None
+            else "a string, or an object with the text in 'prompt' or 'text' (another with "
+            "--text-field), in 'turns' as Spec-Bench has it, or with 'messages'"
+        )
+        raise UserError(f"{OPTION} {record.where}: there is no prompt. It must be {wanted}.")
+    text = text_of(Record(record.where, {key: texts[key]}), OPTION, key)
+    return Prompt(text, category, where=record.where)
 
 
 def _first_turn(record: Mapping[str, Any]) -> Any:
-    """Later turns do not matter here, so they are not checked (``jsonl.turns_of`` does)."""
+    """Later turns do not matter here, so they are not checked (``turns.turns_of`` does)."""
     turns = record.get("turns")
     return turns[0] if isinstance(turns, list) and turns else None
 
@@ -108,10 +118,11 @@ def encode_prompts(
     """Token ids as the model's server would make them.
 
     Args:
-        chat: the prompts are a user's messages, wrapped by the tokenizer's chat template.
+        chat: texts are a user's messages, wrapped by the tokenizer's chat template.
 
     Raises:
-        UserError: the model has no tokenizer or chat template, or every prompt is too long.
+        UserError: the model has no tokenizer or chat template, the template refuses a chat, or
+            every prompt is too long.
     """
     tokenizer = load_tokenizer(model, "--model")
     if chat and not tokenizer.chat_template:
@@ -119,7 +130,7 @@ def encode_prompts(
             f"--chat: the tokenizer of {model} has no chat template. Leave --chat out, or use an "
             "instruction-tuned checkpoint."
         )
-    encoded = [_encode(tokenizer, prompt.text, chat) for prompt in prompts]
+    encoded = [_encode(tokenizer, prompt, chat) for prompt in prompts]
     kept = [i for i, ids in enumerate(encoded) if 0 < len(ids) <= max_prompt_tokens]
     if not kept:
         shortest = min(map(len, encoded))
@@ -135,12 +146,16 @@ def encode_prompts(
     )
 
 
-def _encode(tokenizer: Any, text: str, chat: bool) -> list[int]:
-    if chat:
-        message = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    # A chat template writes its own special tokens.
-    return list(tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"])
+def _encode(tokenizer: Any, prompt: Prompt, chat: bool) -> list[int]:
+    messages: Sequence[Mapping[str, Any]] | None = prompt.messages
+    if messages is None and chat:
+        messages = [{"role": "user", "content": prompt.text}]
+    if messages is None:
+        return list(tokenizer(prompt.text, verbose=False)["input_ids"])
+    try:
+        return chat_token_ids(tokenizer, messages, prompt.tools)
+    except ValueError as error:
+        raise UserError(f"{OPTION} {prompt.where}: {error}") from None
 
 
 def _stop_token_ids(model: str, tokenizer: Any) -> tuple[int, ...]:

@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_layerskip.errors import UserError
+from vllm_layerskip.errors import UserError, one_line
 from vllm_layerskip.evaluation.agreement import Agreement
 from vllm_layerskip.files.whole import whole_file
+from vllm_layerskip.measuring.cluster import join_ray
 from vllm_layerskip.tuning.cells import Measurement
 from vllm_layerskip.tuning.jobs import AgreementJob, CellJob
 from vllm_layerskip.tuning.process_jobs import worker_environment
@@ -68,10 +69,7 @@ def connect(settings: RaySettings, device: str | None) -> RayNodes:
         raise UserError(
             "--ray: Ray is not installed. Install the extra: pip install 'vllm-layerskip[ray]'"
         ) from None
-    try:
-        ray.init(address=settings.address, ignore_reinit_error=True, log_to_driver=False)
-    except (ConnectionError, ValueError) as error:
-        raise UserError(f"--ray-address {settings.address}: {error}") from None
+    join_ray(settings.address)
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     nodes = _equal_nodes(resources, device, settings.accelerator_type)
     # The driver's own machine may have no GPU, or another one.
@@ -168,10 +166,13 @@ def _result(
     try:
         facts, results, content = ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        raise UserError(f"--ray: {what} failed on the cluster: {error.cause!r}") from None
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause)) from None
+        cause = f"{type(error.cause).__name__}: {one_line(error.cause)}"
+        raise UserError(f"--ray: {what} failed on the cluster: {cause}") from None
     except ray.exceptions.RayError as error:
         raise UserError(
-            f"--ray: {what} failed on the cluster, {1 + _NUM_RETRIES} times: {error}"
+            f"--ray: {what} failed on the cluster, {1 + _NUM_RETRIES} times: {one_line(error)}"
         ) from None
     check_facts(facts, identity, what)
     return results, content

@@ -32,7 +32,10 @@ class GridSettings:
 class PromptSettings:
     """Prompts, and how long their answers may be."""
 
-    path: Path
+    paths: tuple[str, ...]
+    """Files, folders and patterns."""
+    text_field: str | None = None
+    """The key of a prompt's text; None for the usual ones."""
     num_prompts: int = 32
     max_prompt_tokens: int = 1024
     max_tokens: int = 128

@@ -8,6 +8,8 @@ cells      the request's ``job`` is a ``CellJob``; each line is a measurement
 agreement  it is an ``AgreementJob``; the statistics go to the request's ``path``, and the one
            line says how many tokens they are of
 =========  ================================================================================
+
+A mistake of the user is the last line, ``{"user_error": MESSAGE}``.
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from vllm_layerskip.tuning.jobs import AgreementJob, CellJob, EngineSettings
-from vllm_layerskip.tuning.measure import generate, measure_cells
+from vllm_layerskip.errors import UserError
+from vllm_layerskip.host.engine_start import check_engine
+from vllm_layerskip.tuning.jobs import USER_ERROR, AgreementJob, CellJob, EngineSettings
+from vllm_layerskip.tuning.measure import generate, given_arguments, measure_cells
 
 
 def results(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -34,7 +38,12 @@ def results(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _agreement(job: AgreementJob, path: Path) -> dict[str, Any]:
     workload, engine = job.workload, job.engine
-    answers = generate(engine, workload) if job.generator == "vllm" else None
+    answers = None
+    if job.generator == "vllm":
+        # Drafting must be possible, too, before minutes go into plain answers.
+        cell = (job.exit_layers[0], 1)
+        check_engine(given_arguments(engine, cell, max(workload.batch_sizes)))
+        answers = generate(engine, workload)
     gc.collect()
     import torch
 
@@ -62,9 +71,16 @@ def main() -> None:
     request_path, output_path = map(Path, sys.argv[1:])
     request = json.loads(request_path.read_text(encoding="utf-8"))
     with output_path.open("a", encoding="utf-8") as output:
-        for result in results(request):
-            output.write(json.dumps(result) + "\n")
-            output.flush()
+        try:
+            for result in results(request):
+                _write_line(output, result)
+        except UserError as error:
+            _write_line(output, {USER_ERROR: str(error)})
+
+
+def _write_line(output: TextIO, result: Mapping[str, Any]) -> None:
+    output.write(json.dumps(result) + "\n")
+    output.flush()
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ class DraftHead:
         self._sliced_model = _with_head(model, self.lm_head)
         # [S, V]; outside of the draft vocabulary -inf: a probability of 0.
         self._full_logits = None if draft_logits is None else torch.empty_like(draft_logits[:, 0])
-        self._num_weight_loads = -1
+        self._num_weight_changes = -1
         self.refresh()
         logger.info_once(
             "LayerSkip drafts are %d of %d token ids (%s); extra memory: %d bytes for their LM "
@@ -86,21 +86,22 @@ class DraftHead:
         return sum(tensor.nbytes for tensor in own if tensor is not None)
 
     def refresh(self) -> None:
-        """Copy the rows again if the model's weights were loaded since.
+        """Copy the rows again if the model's weights may have changed since.
 
         Call it before the passes of a step, on every rank: it may communicate. It costs a
         comparison on the host when there is nothing to do.
         """
-        if self._num_weight_loads == self._model.num_weight_loads:
+        if self._num_weight_changes == self._model.num_weight_changes:
             return
-        self._num_weight_loads = self._model.num_weight_loads
+        is_first = self._num_weight_changes == -1
+        self._num_weight_changes = self._model.num_weight_changes
         # Sleep level 2 discards these with the weights.
         self.token_ids.copy_(torch.tensor(self._draft_vocab.token_ids))
         if self._full_logits is not None:
             self._full_logits.fill_(-float("inf"))
-        _copy_rows(self._model.lm_head, self.lm_head, self.token_ids)
-        # The platform's hook; on a CPU it packs the weight for the kernels.
-        self.lm_head.quant_method.process_weights_after_loading(self.lm_head)
+        if _copy_rows(self._model.lm_head, self.lm_head, self.token_ids) or is_first:
+            # The platform's hook; on a CPU it packs the weight for the kernels, which takes long.
+            self.lm_head.quant_method.process_weights_after_loading(self.lm_head)
 
     def compute_logits(
         self,
@@ -162,8 +163,13 @@ def _copy_rows(
     source: Any,  # LM head of V rows
     target: ParallelLMHead,  # of D rows
     token_ids: torch.Tensor,  # [D]
-) -> None:
-    """Fill this rank's shard of ``target`` with rows of all shards of ``source``."""
+) -> bool:
+    """Fill this rank's shard of ``target`` with rows of all shards of ``source``.
+
+    Returns False if they are known to be the rows that it had. Only a CPU knows: elsewhere the
+    answer would make the host wait for the device.
+    """
+    changed = token_ids.device.type != "cpu"
     shard = target.shard_indices
     own_start, own_end = shard.org_vocab_start_index, shard.org_vocab_end_index
     for name, parameter in target.named_parameters():
@@ -172,9 +178,11 @@ def _copy_rows(
             rows = _rows(source, getattr(source, name), token_ids[start : start + _ROWS_AT_ONCE])
             first, last = max(start, own_start), min(start + len(rows), own_end)
             if first < last:
-                parameter[first - own_start : last - own_start].copy_(
-                    rows[first - start : last - start]
-                )
+                own = parameter[first - own_start : last - own_start]
+                new = rows[first - start : last - start]
+                changed = changed or not torch.equal(own, new)
+                own.copy_(new)
+    return changed
 
 
 def _rows(

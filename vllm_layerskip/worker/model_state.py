@@ -51,6 +51,7 @@ from vllm_layerskip.config.layerskip_config import LayerSkipConfig
 from vllm_layerskip.metrics.step_counts import StepCounts
 from vllm_layerskip.worker.draft_inputs import ROWS_PER_PROGRAM
 from vllm_layerskip.worker.early_layers import early_attn_layer_names
+from vllm_layerskip.worker.logprob_rejection_sampler import LogprobRejectionSampler
 from vllm_layerskip.worker.verify_plan import VerifyAttnMetadata, VerifyPlan
 
 WARMUP_PREFIX = "_warmup_"
@@ -68,12 +69,15 @@ class LayerSkipModelState(DefaultModelState):
         self.config = config
         self.draft_state = model.draft_state
         self.step_counts = StepCounts()
-        self._num_weight_loads = model.num_weight_loads
+        self._num_weight_changes = model.num_weight_changes
         self.early_attn_groups: list[list[AttentionGroup]] = []
         # Plans point at these; captured graphs read them again at each replay.
         self.idx_mapping = torch.full((self.max_num_reqs,), -1, dtype=torch.int64, device=device)
         self.query_start_loc = torch.zeros(self.max_num_reqs + 1, dtype=torch.int32, device=device)
         self.slot_mappings: torch.Tensor | None = None  # [num_kv_cache_groups, max_num_reqs]
+
+    def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
+        return sampler, LogprobRejectionSampler(sampler, self.config, self.device)
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
@@ -151,8 +155,8 @@ class LayerSkipModelState(DefaultModelState):
 
     def _forget_other_weights(self) -> None:
         """Drop exit states of older weights: requests may run on while weights are replaced."""
-        if self._num_weight_loads != self.model.num_weight_loads:
-            self._num_weight_loads = self.model.num_weight_loads
+        if self._num_weight_changes != self.model.num_weight_changes:
+            self._num_weight_changes = self.model.num_weight_changes
             self.draft_state.exit_states.invalidate_all()
 
     def _covered(self, input_batch: InputBatch) -> bool:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,77 @@ def test_one_engine(tmp_path, prompts, expected):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["acceptance_length"] > 1.5
     assert summary["num_output_tokens"] == len(prompts) * MAX_TOKENS
+
+
+ODD = {
+    "half a character": {"prompt": "a \ud83d"},
+    "half a character in a chat": {"messages": [{"role": "user", "content": "\ud83d"}]},
+    "out of the vocabulary": {"prompt_token_ids": [3, 10**6]},
+    "just out of the vocabulary": {"prompt_token_ids": [3, 1024]},
+    "more than 64 bits": {"prompt_token_ids": [2**64]},
+    "a picture": {"messages": [{"role": "user", "content": [{"type": "image_url", "url": "x"}]}]},
+    "an end out of the vocabulary": {
+        "prompt": "a", "sampling_params": {"stop_token_ids": [1024], "min_tokens": 2}
+    },
+    "more ends than a worker holds": {
+        "prompt": "a", "sampling_params": {"stop_token_ids": [*range(3, 200)], "min_tokens": 2}
+    },
+    "no end": {"prompt": "a", "sampling_params": {"max_tokens": 2**31 - 1}},
+    "as hot as the sun": {"prompt": "a", "sampling_params": {"temperature": 1e300}},
+}  # fmt: skip
+UNUSUAL = {
+    "control characters": {"prompt": "\0\u2028\uffff"},
+    "limits of the parameters": {
+        "prompt": "a", "sampling_params": {
+            "max_tokens": 4, "min_tokens": 4, "top_k": 2**31 - 1, "top_p": 1e-9, "stop": "\n",
+            "temperature": 1e-300, "repetition_penalty": 1e6, "presence_penalty": -2,
+            "frequency_penalty": 2, "seed": -(2**63), "stop_token_ids": list(range(3, 103)),
+        },
+    },
+    "no penalty": {"prompt": "a", "sampling_params": {"repetition_penalty": 1e-9}},
+    "nearly no end": {"prompt": "a", "sampling_params": {"max_tokens": 10**9}},
+    "OpenAI's": {"body": {"prompt": "a", "max_completion_tokens": 3, "max_tokens": None}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options", [[], pytest.param(["--num-replicas", "2"], marks=pytest.mark.slow)], ids=str
+)
+def test_odd_rows_end_in_errors_and_cost_the_others_nothing(tmp_path, prompts, expected, options):
+    if options:
+        pytest.importorskip("ray.data.llm")
+    rows = [{"id": name, **row} for name, row in (ODD | UNUSUAL).items()]
+    good = [{"prompt_token_ids": ids} for ids in prompts]
+    lines = [json.dumps(row) for pair in zip_longest(rows, good) for row in pair if row]
+    (tmp_path / "in.jsonl").write_text("\n".join(["{", *lines]) + "\n")
+    log = _generate(tmp_path, *options)
+    outputs = [json.loads(line) for line in (tmp_path / "out" / "output.jsonl").open()]
+    by_id = {o["id"]: o for o in outputs}
+    assert [name for name in (*ODD, "row-0") if not by_id[name]["error"]] == []
+    assert [by_id[name]["error"] for name in UNUSUAL] == [None] * len(UNUSUAL), log[-3000:]
+    assert [o["token_ids"] for o in outputs if o["id"] not in ODD | UNUSUAL][1:] == expected
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert options or summary["acceptance_length"] > 1
+
+
+def test_a_finished_job_is_written_in_another_form_without_an_engine(tmp_path, prompts, expected):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    _write_input(tmp_path / "in.jsonl", prompts)
+    _generate(tmp_path)
+    log = _generate(tmp_path, "--output-format", "parquet")
+    assert "No row was left to answer, and no engine was started." in log
+    rows = parquet.read_table(tmp_path / "out" / "output.parquet").to_pylist()
+    assert [row["token_ids"] for row in rows if not row["error"]] == expected
+
+
+def test_a_start_that_fails_leaves_no_folder(tmp_path, prompts):
+    _write_input(tmp_path / "in.jsonl", prompts)
+    process = subprocess.run(
+        _command(tmp_path, "--exit-layer", "99"), env=ENVIRONMENT, timeout=300, check=False,
+        capture_output=True,
+    )  # fmt: skip
+    assert process.returncode
+    assert not (tmp_path / "out").exists()
 
 
 def test_exit_layer_and_number_of_drafts_of_the_command_line(tmp_path, prompts, expected):

@@ -80,6 +80,45 @@ def test_adapters_and_base_mixed_in_one_batch(pool, checkpoint, prompts, adapter
         assert counts.num_verify_steps_reused == 0
 
 
+CHANGES = {
+    "load another": lambda llm, first, second: llm.add_lora(second),
+    "unload": lambda llm, first, second: llm.remove_lora(first.lora_int_id),
+    "pin": lambda llm, first, second: llm.pin_lora(first.lora_int_id),
+    "load another in its place": lambda llm, first, second: llm.add_lora(
+        LoRARequest(first.lora_name, first.lora_int_id, second.lora_path, load_inplace=True)
+    ),
+    "reload the base model": lambda llm, first, second: llm.collective_rpc("reload_weights"),
+}
+
+
+@pytest.mark.skipif(ON_GPU, reason="tokens of bfloat16 depend on batch shapes")
+@pytest.mark.parametrize("change", CHANGES)
+def test_adapters_that_change_in_flight(pool, checkpoint, prompts, adapters, change):
+    """A request goes on as plain vLLM's does, after the same number of tokens."""
+
+    def run(engine, num_tokens):
+        llm_engine = engine.llm.llm_engine
+        for adapter in adapters:
+            llm_engine.remove_lora(adapter.lora_int_id)
+        params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+        inputs = TokensPrompt(prompt_token_ids=prompts[0])
+        llm_engine.add_request("request", inputs, params, lora_request=adapters[0])
+        tokens = []
+        while len(tokens) < num_tokens:
+            tokens = engine.step().get("request", tokens)
+        CHANGES[change](llm_engine, *adapters)
+        after = engine.run_to_end()["request"]
+        assert after[: len(tokens)] == tokens
+        return len(tokens), after
+
+    settings = LORA | {"enable_prefix_caching": False}
+    ours = pool.layerskip(checkpoint, 3, 4, **settings)
+    with ours.counting() as counts:
+        num_tokens, tokens = run(ours, 9)
+    counts.assert_speculated()
+    assert run(pool.get(checkpoint, **settings), num_tokens) == (num_tokens, tokens)
+
+
 @pytest.mark.skipif(ON_GPU, reason="tokens of bfloat16 depend on batch shapes")
 @pytest.mark.parametrize("architecture", ["Qwen3ForCausalLM", "Gemma2ForCausalLM"])
 def test_adapters_of_other_families(pool, tmp_path, architecture):

@@ -192,6 +192,37 @@ def test_logprobs_and_echo(server, plain):
 
 
 @pytest.mark.usefixtures("speculates")
+@pytest.mark.parametrize("logprobs", [2, 3])
+def test_logprobs_of_named_token_ids(server, plain, prompts, logprobs):
+    token_ids = [5, 20, 30]
+    expected = plain_choice(plain, prompts[0], max_tokens=14, logprob_token_ids=token_ids)
+    body = {
+        "logprobs": logprobs,
+        "logprob_token_ids": token_ids,
+        "max_tokens": 14,
+        "return_tokens_as_token_ids": True,
+    }
+    (whole,) = server.complete(prompts[0], **body)["choices"]
+    request = Server._completion(prompts[0], body)
+    chunks = server.stream("/v1/completions", request)
+    streamed = [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
+    wanted = [
+        {f"token_id:{token}": entry.logprob for token, entry in step.items()}
+        for step in expected.logprobs
+    ]
+    for steps in (
+        whole["logprobs"]["top_logprobs"],
+        [step for choice in streamed for step in choice["logprobs"]["top_logprobs"]],
+    ):
+        assert len(steps) == len(expected.token_ids)
+        for step, wanted_step in zip(steps, wanted, strict=True):
+            # The server names the chosen token and then as many as `logprobs` says.
+            assert len(step) >= logprobs
+            assert step == pytest.approx({token: wanted_step[token] for token in step}, abs=1e-4)
+    assert whole["token_ids"] == list(expected.token_ids)
+
+
+@pytest.mark.usefixtures("speculates")
 def test_chat_streams_plain_vllms_answer(server, plain):
     content = "import os\nimport sys\n\n\ndef main("
     messages = [{"role": "user", "content": content}]

@@ -28,13 +28,26 @@ def test_every_default_is_valid_and_every_parameter_says_what_is():
     [
         ([], "must be an object, not []"),
         ({"min_p": 0.1, "top_p": 0}, "'min_p' is not supported. Valid are temperature, top_p,"),
-        ({"temperature": "1"}, "temperature='1' must be a number of at least 0."),
-        ({"temperature": float("nan")}, "temperature=nan must be a number of at least 0."),
-        ({"temperature": True}, "temperature=True must be a number of at least 0."),
-        ({"top_p": None}, "top_p=None must be a number above 0, at most 1."),
-        ({"top_k": 1.0}, "top_k=1.0 must be an integer of at least 0; 0 for all tokens."),
-        ({"stop": ["a", ""]}, "stop=['a', ''] must be a list of texts, none of them empty."),
-        ({"stop_token_ids": [True]}, "stop_token_ids=[True] must be a list of token ids."),
+        ({"temperature": "1"}, "temperature='1' must be a number from 0 to 2."),
+        ({"temperature": float("nan")}, "temperature=nan must be a number from 0 to 2."),
+        ({"temperature": True}, "temperature=True must be a number from 0 to 2."),
+        ({"temperature": 2.1}, "temperature=2.1 must be a number from 0 to 2."),
+        ({"top_p": 0}, "top_p=0 must be a number above 0, at most 1."),
+        ({"top_k": 1.0}, "top_k=1.0 must be an integer from 0 to 2147483647; 0 for all tokens."),
+        ({"top_k": 2**31}, "top_k=2147483648 must be an integer from 0"),
+        ({"max_tokens": 2**70}, "must be an integer from 1 to 1000000000."),
+        ({"stop": ["a", ""]}, "stop=['a', ''] must be a text or a list of texts, none of them"),
+        ({"stop": ""}, "stop=[''] must be a text or a list of texts, none of them empty."),
+        ({"stop": ["\ud83d"]}, "stop: the text has half of a surrogate pair"),
+        ({"stop_token_ids": [True]}, "stop_token_ids=[True] must be a list of at most 100"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids=[-1] must be a list of at most 100"),
+        ({"stop_token_ids": [2**31]}, "must be a list of at most 100 token ids."),
+        ({"stop_token_ids": list(range(101))}, "must be a list of at most 100 token ids."),
+        ({"repetition_penalty": float("inf")}, "must be a number above 0, at most 1000000."),
+        (
+            {"max_completion_tokens": 3, "max_tokens": 4},
+            "max_completion_tokens=3 and max_tokens=4 contradict each other. Give one of them.",
+        ),
         ({"ignore_eos": 1}, "ignore_eos=1 must be true or false."),
         ({"seed": -(2**63) - 1}, "must be an integer of 64 bits."),
         ({"seed": 2**63}, "must be an integer of 64 bits."),
@@ -54,3 +67,19 @@ def test_a_rows_own_parameters_win_and_the_rest_are_defaults():
         "stop": ["a"],
         "seed": 2**63 - 1,
     }
+
+
+def test_openais_forms_are_accepted():
+    own = {"stop": "\n", "max_tokens": None, "max_completion_tokens": 7, "top_p": None}
+    values = merged({"top_p": 0.5}, own)
+    assert values == {**merged({}, None), "stop": ["\n"], "max_tokens": 7, "top_p": 0.5}
+    assert merged({}, {"max_completion_tokens": 7, "max_tokens": 7})["max_tokens"] == 7
+
+
+def test_stop_tokens_fit_into_what_a_worker_holds():
+    """More of them, with ``min_tokens``, end vLLM's worker and with it all requests."""
+    from vllm.v1.worker.gpu.sample.logit_bias import MAX_NUM_STOP_TOKEN_IDS
+
+    most = merged({}, {"stop_token_ids": list(range(100))})["stop_token_ids"]
+    num_ends_of_a_checkpoint = 10
+    assert len(most) + num_ends_of_a_checkpoint <= MAX_NUM_STOP_TOKEN_IDS

@@ -46,3 +46,9 @@ def test_plain_vllm_has_no_speculative_config():
     assert _settings(speculation=False).speculative_config is None
     with pytest.raises(UserError, match="excludes --exit-layer 3, --num-speculative-tokens 2"):
         _settings(speculation=False, exit_layer=3, num_speculative_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["id", "messages", "sampling_params"])
+def test_a_column_with_a_meaning_of_its_own_is_not_that_of_texts(name):
+    with pytest.raises(UserError, match=f"--text-field {name}: .* meaning of their own"):
+        job_settings(EngineSettings("m"), {}, [], name)

@@ -118,10 +118,25 @@ record = {"kind": "decode", "mode": "plain", "settings": settings, "status": "ok
 add_record(Path(sys.argv[sys.argv.index("--output") + 1]), record)
 """
 
-    def test_a_failed_mode_leaves_its_error_and_what_it_measured(self, run):
-        records = run(self.ADD + "sys.exit('no GPU')")
+    @pytest.mark.parametrize(
+        ("end", "why"),
+        [
+            ("sys.exit('no GPU')", "exit status 1: no GPU"),
+            ("print('a'); raise ValueError('no GPU')", "exit status 1: ValueError: no GPU"),
+            ("sys.exit(3)", "exit status 3; it wrote nothing"),
+        ],
+    )
+    def test_a_failed_mode_leaves_its_error_and_what_it_measured(
+        self, run, end, why, tmp_path, capsys
+    ):
+        records = run(self.ADD + end)
         assert [record["status"] for record in records] == ["ok", "error"]
-        assert "no GPU" in records[1]["error"]
+        assert records[1]["reason"] == why
+        assert records[1]["error"] == (tmp_path / "plain.log").read_text()
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last == f"plain-k{tiny_settings().num_speculative_tokens}: {why}. Its log: " + str(
+            tmp_path / "plain.log"
+        )
 
     def test_a_mode_is_killed_at_the_time_limit(self, run):
         start = time.monotonic()

@@ -69,9 +69,9 @@ class TestReaders:
     @pytest.mark.parametrize(
         ("name", "content", "error"),
         [
-            ("none.jsonl", None, "No such file"),
+            ("none.jsonl", None, "no such file"),
             ("empty.jsonl", b"\n\n", "no question in it"),
-            ("bytes.jsonl", b"\xff\xfe\x00", "Give a readable file"),
+            ("bytes.jsonl", b"\xff\xfe\x00", "no UTF-8 text"),
             ("plain.jsonl.gz", b"{}", "Give a readable file"),
             # Without the time, so that both of pytest's workers name the tests alike.
             ("cut.jsonl.gz", gzip.compress(b"x" * 99, mtime=0)[:-9], "Give a readable file"),

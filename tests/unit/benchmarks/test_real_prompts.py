@@ -247,7 +247,7 @@ class TestRuns:
             (["--pairs", "3:0"], "K at least 1"),
             (["--max-tokens", "512"], "--max-tokens 512 leaves no room for a prompt"),
             (["--max-tokens", "505"], "none has a first prompt of at most 1 tokens"),
-            (["--questions", "none.jsonl"], "none.jsonl: .*No such file"),
+            (["--questions", "none.jsonl"], "none.jsonl: .*no such file"),
             (["--model", "none"], "--model=none is no checkpoint folder"),
         ],
     )  # fmt: skip

@@ -20,7 +20,10 @@ SPECIAL = {0, 1, 2}
 
 
 def _run(*argv):
-    return cli.main(["draft-vocab", *map(str, argv)])
+    try:
+        return cli.main(["draft-vocab", *map(str, argv)])
+    except SystemExit as stop:  # argparse's own errors.
+        return stop.code
 
 
 @pytest.fixture
@@ -94,7 +97,10 @@ def _empty_folder(tmp_path):
 # Changed arguments, and what the error must say.
 MISTAKES = {
     "corpus is missing": ({"--corpus": lambda t: t / "no"}, ("--corpus", "no such file")),
-    "corpus is empty": ({"--corpus": _empty_folder}, ("--corpus", "no text file")),
+    "corpus is empty": (
+        {"--corpus": _empty_folder},
+        ("--corpus", "no file in it that can be read"),
+    ),
     "corpus has no token": ({"--corpus": lambda t: _file(t, "\n")}, ("--corpus", "no tokens")),
     "corpus is no text": ({"--corpus": _bad_utf8}, ("late.txt", "UTF-8", "leave it out")),
     "line is no JSON": ({"--corpus": lambda t: _file(t, '"a"\n{')}, ("line 2", "no JSON")),
@@ -104,7 +110,7 @@ MISTAKES = {
     ),
     "size is too small": ({"--size": lambda t: 2}, ("--size 2", "from 3", "to 1024")),
     "size is too large": ({"--size": lambda t: 1025}, ("--size 1025", "from 3", "to 1024")),
-    "model is missing": ({"--model": lambda t: t / "no"}, ("--model", "tokenizer's files")),
+    "model is missing": ({"--model": lambda t: t / "no"}, ("--model", "no such folder")),
     "model has no config": ({"--model": lambda t: t}, ("--model", "config.json")),
     "output is a folder": ({"--output": lambda t: t}, ("--output", "must be a file")),
     "output has no folder": ({"--output": lambda t: t / "no" / "f"}, ("--output", "exists")),

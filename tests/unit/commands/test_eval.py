@@ -47,7 +47,10 @@ def texts(tmp_path):
 
 
 def _eval(*argv):
-    return cli.main(["eval", *map(str, argv)])
+    try:
+        return cli.main(["eval", *map(str, argv)])
+    except SystemExit as stop:  # argparse's own errors.
+        return stop.code
 
 
 def test_the_command_writes_table_json_and_plot(checkpoints, texts, tmp_path, capsys):
@@ -107,7 +110,7 @@ def _config(folder, **changes):
 
 
 BAD = {
-    "no folder": (["--model", "{tmp}/nowhere"], "nowhere: no config could be read"),
+    "no folder": (["--model", "{tmp}/nowhere"], "nowhere': there is no such folder"),
     "classifier": (["--model", "{classifier}"], "is no decoder-only causal language model"),
     "encoder-decoder": (["--model", "{t5}"], "is no decoder-only causal language model"),
     "no tokenizer": (["--model", "{bare}"], "no tokenizer could be read"),

@@ -22,7 +22,7 @@ def _generate(folder, *options):
     ("options", "error"),
     [
         (["--num-replicas", "0"], "--num-replicas 0 must be an integer of at least 1"),
-        (["--temperature", "-1"], "command line: temperature=-1.0 must be a number of at least 0"),
+        (["--temperature", "-1"], "command line: temperature=-1.0 must be a number from 0 to 2"),
         (["--no-speculation", "--exit-layer", "3"], "--no-speculation excludes --exit-layer 3"),
         (["--engine-args", '{"model": "x"}'], "model cannot be given there. Use --model"),
     ],

@@ -37,12 +37,22 @@ def test_help_and_version_end_well(capsys, argv):
         assert f"vllm-layerskip {argv[0]}" in output
 
 
-@pytest.mark.parametrize("argv", [[], ["no-such-command"], ["draft-vocab"], ["draft-vocab", "-x"]])
-def test_a_malformed_command_line_ends_with_2(capsys, argv):
+@pytest.mark.parametrize("argv", [[], ["no-such-command"]])
+def test_without_a_command_the_usage_is_shown(capsys, argv):
     with pytest.raises(SystemExit) as stop:
         cli.main(argv)
     assert stop.value.code == 2
     assert "usage: vllm-layerskip" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["draft-vocab"], ["draft-vocab", "--corpus"], ["train", "-x"]])
+def test_a_malformed_command_line_is_told_in_one_line(capsys, argv):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"vllm-layerskip {argv[0]}: error: ")
+    assert line.endswith(f". See vllm-layerskip {argv[0]} --help.")
 
 
 def test_the_script_that_pip_installs_is_this_one():

@@ -10,6 +10,7 @@ import random
 import shutil
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -278,13 +279,18 @@ def test_where_drafting_does_not_pay_the_tool_says_so(
 def test_the_commands_defaults_are_the_librarys():
     parser = cli.build_parser()
     args = parser.parse_args(["tune", "--model", "m", "--prompts", "p.jsonl"])
-    assert settings_of(args) == TuneSettings("m", PromptSettings(Path("p.jsonl")))
+    assert settings_of(args) == TuneSettings("m", PromptSettings(("p.jsonl",)))
 
 
 def test_a_missing_package_is_named_with_its_extra(
     checkpoint, prompts, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setitem(sys.modules, "vllm_layerskip.tuning.plan", None)
+    class LacksNumpy(types.ModuleType):
+        def __getattr__(self, name):
+            raise ModuleNotFoundError("No module named 'numpy'", name="numpy")
+
+    name = "vllm_layerskip.tuning.plan"
+    monkeypatch.setitem(sys.modules, name, LacksNumpy(name))
     assert command(checkpoint, prompts, tmp_path) == 2
     assert "pip install 'vllm-layerskip[train]'" in capsys.readouterr().err
 
@@ -309,7 +315,7 @@ def test_a_missing_package_is_named_with_its_extra(
         (("--map", "map.txt"), ("--map map.txt", ".png")),
         (("--map", "no/such/map.png"), ("--map", "cannot be written")),
         (("--output", "no/such.json"), ("--output", "cannot be written", "--dry-run")),
-        (("--prompts", "no.txt"), ("--prompts no.txt", "No such file")),
+        (("--prompts", "no.txt"), ("--prompts no.txt", "no such file")),
         (("--model", "no-such-model"), ("--model no-such-model", "no such folder")),
         (("--agreement", "no.npz"), ("--agreement no.npz", "no file of agreement")),
         (("--draft-vocab", "no.json"), ("--draft-vocab", "cannot be read")),
@@ -336,14 +342,14 @@ def test_a_bad_option_ends_with_2_and_says_what_to_do(
     assert (checkpoint / "config.json").read_bytes() == before
 
 
-def test_a_failing_process_shows_the_end_of_its_log(checkpoint, prompts, tmp_path, capsys):
+def test_a_failing_process_shows_its_error_and_its_log(checkpoint, prompts, tmp_path, capsys):
     """A real process: of a checkpoint that has no weights."""
     (checkpoint / "model.safetensors").unlink()
     more = ("--hardware", "h100", "--dry-run")
     assert command(checkpoint, prompts, tmp_path, *more) == 2
-    message = capsys.readouterr().err
-    assert "a process that loads the model failed" in message
-    assert "agreement.log" in message
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "a process that loads the model failed with exit status 1: OSError: " in message
+    assert message.endswith("agreement.log")
     assert "no file named" in message or "model.safetensors" in message
 
 

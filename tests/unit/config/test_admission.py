@@ -38,6 +38,9 @@ USES: dict[str, list[tuple[dict[str, Any], str]]] = {
         )
     ],
     "kv_sharing_fast_prefill": [({"kv_sharing_fast_prefill": True}, "True")],
+    "enable_batch_sharded_sampling": [
+        ({"enable_batch_sharded_sampling": True, "tensor_parallel_size": 2}, "True")
+    ],
     "compilation_config.mode": [
         ({"compilation_config": {"mode": 1}}, "'STOCK_TORCH_COMPILE'"),
     ],

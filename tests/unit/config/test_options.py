@@ -59,7 +59,13 @@ BAD = [
         (
             {"num_speculative_tokens": None},
             block,
-            ("num_speculative_tokens", "not set", "--spec-tokens", TOKENS, "--hf-overrides"),
+            (
+                "num_speculative_tokens",
+                "not set",
+                "--num-speculative-tokens",
+                TOKENS,
+                "--hf-overrides",
+            ),
         )
         for block in (None, {}, {"exit_layer": 2})
     ],

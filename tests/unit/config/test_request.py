@@ -64,7 +64,7 @@ def test_a_plain_request_is_not_ours(request_):
         st.none() | st.integers() | st.text(max_size=12),
     ),
     st.sampled_from([None, "ngram", "eagle3", "draft_model", "mtp"]),
-    st.sampled_from([None, "org/draft", "self", "layerskip"]),
+    st.sampled_from([None, "org/draft", "itself", "layerskip"]),
 )
 def test_a_request_without_our_words_is_never_ours_whatever_else_it_holds(rest, method, model):
     assert asks_for_layerskip(rest | {"method": method, "model": model}) is False
@@ -76,6 +76,34 @@ def test_a_mixed_request_is_refused_with_a_remedy(request_, says):
         asks_for_layerskip(request_)
     for words in says:
         assert words in str(error.value)
+
+
+@pytest.mark.parametrize("model", ["self", ["self"]])
+@pytest.mark.parametrize("method", [None, "layerskip"])
+def test_brackets_that_yaml_took_away_are_asked_for(model, method):
+    with pytest.raises(ValueError, match=r"""quotes \(speculative-model: "\[self\]"\)""") as error:
+        asks_for_layerskip({"model": model, "method": method})
+    assert f"model={model!r}" in str(error.value)
+
+
+def test_a_draft_model_in_a_folder_called_self_is_vllms(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "self").mkdir()
+    assert asks_for_layerskip({"model": "self"}) is False
+    assert asks_for_layerskip({"model": "self", "method": "eagle3"}) is False
+
+
+def test_a_file_with_quotes_asks_for_layerskip_and_one_without_is_told(tmp_path):
+    """Through vLLM's own reader of `vllm serve --config FILE`."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    for text, model in (('"[self]"', "[self]"), ("[self]", "self")):
+        file = tmp_path / "serve.yaml"
+        file.write_text(f"speculative-model: {text}\n")
+        parser = FlexibleArgumentParser()
+        parser.add_argument("--speculative-model")
+        parser.add_argument("--config")
+        assert parser.parse_args(["--config", str(file)]).speculative_model == model
 
 
 def _engine_args(config, method=None, model=None, tokens=None):

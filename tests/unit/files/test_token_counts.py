@@ -53,6 +53,16 @@ def test_every_tenth_passage_is_held_out(tmp_path):
     assert counts.held_out[x] < 20 > counts.counted[y]
     printed = coverage_table(counts, [x])
     assert f"{coverage(counts.counted, [x]):.2f} %" in printed
+    assert "No text is held out" not in printed
+
+
+def test_a_corpus_too_small_to_hold_text_out_says_so(tmp_path):
+    (tmp_path / "a.py").write_text("import os\n")
+    counts = count_tokens(load_vocabulary(str(MODEL)), [tmp_path / "a.py"], "text")
+    *_, row, reason = coverage_table(counts, [1]).splitlines()
+    assert row.endswith(" -")
+    assert "No text is held out: of each 10 passages" in reason
+    assert "the corpus has 1. Give more text" in reason
 
 
 def test_coverage_is_per_cent_of_occurrences():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Catch training samples that lose, repeat or mix up text, or that put the loss on a prompt."""
+"""Catch training samples that lose, repeat or mix up text."""
 
 import json
 
@@ -10,27 +10,15 @@ from hypothesis import strategies as st
 from unit.training.training_runs import TEXTS, write_tokenizer
 from vllm_layerskip.errors import UserError
 from vllm_layerskip.training.config import DataConfig, Source
-from vllm_layerskip.training.data import Collator, Encoded, Encoder, load_samples, pack, truncate
+from vllm_layerskip.training.data import Collator, load_samples, pack, truncate
+from vllm_layerskip.training.encoder import Encoded, Encoder
 
 pytestmark = pytest.mark.usefixtures("cache")
-
-# Closes each message with the end-of-sequence token and a line end, as ChatML does.
-TEMPLATE = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture
-def chat_tokenizer(tokenizer):
-    before, tokenizer.chat_template = tokenizer.chat_template, TEMPLATE
-    yield tokenizer
-    tokenizer.chat_template = before
 
 
 def load(tokenizer, files, **settings):
@@ -151,56 +139,6 @@ def test_the_standard_library_is_there_without_its_held_out_modules(tokenizer):
     assert "bisect" in tokenizer.decode(dataset[0]["input_ids"])
 
 
-# --- Prompts and chats
-
-
-def trained_text(tokenizer, encoded):
-    return tokenizer.decode([i for i in encoded.labels if i != -100])
-
-
-def test_the_loss_is_on_responses_alone(tokenizer):
-    record = {"prompt": "def add(left", "response": ", right):"}
-    data = DataConfig(train=Source(files=("x",)))
-    encoded = Encoder(tokenizer, data).encode(record, "")
-    assert tokenizer.decode(encoded.input_ids) == "def add(left, right):</s>"
-    assert trained_text(tokenizer, encoded) == ", right):</s>"
-    everything = DataConfig(train=Source(files=("x",)), loss_on="all")
-    encoded = Encoder(tokenizer, everything).encode(record, "")
-    assert encoded.labels == encoded.input_ids
-
-
-CHAT = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "import os"},
-    {"role": "assistant", "content": "done"},
-    {"role": "user", "content": "return"},
-    {"role": "assistant", "content": "left + right"},
-]
-
-
-def test_of_a_chat_all_responses_with_their_closing_tokens_are_trained(chat_tokenizer):
-    data = DataConfig(train=Source(files=("x",)))
-    encoded = Encoder(chat_tokenizer, data).encode({"messages": CHAT}, "")
-    text = chat_tokenizer.decode(encoded.input_ids)
-    assert text == chat_tokenizer.apply_chat_template(CHAT, tokenize=False)
-    assert trained_text(chat_tokenizer, encoded) == "done</s>\nleft + right</s>\n"
-
-
-def test_a_template_without_an_end_gets_one(tokenizer):
-    """The embedded checkpoint's: texts, one after the other."""
-    data = DataConfig(train=Source(files=("x",)))
-    encoded = Encoder(tokenizer, data).encode({"messages": CHAT[1:3]}, "")
-    assert tokenizer.decode(encoded.input_ids) == "<s>import os\ndone\n</s>"
-    assert trained_text(tokenizer, encoded) == "done\n</s>"
-
-
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer, chat_tokenizer):
-    chat_tokenizer.chat_template = "{{ messages | length }}" + TEMPLATE
-    data = DataConfig(train=Source(files=("x",)))
-    with pytest.raises(UserError, match="here, line 1: the chat template changes earlier messages"):
-        Encoder(chat_tokenizer, data).encode({"messages": CHAT}, "here, line 1")
-
-
 # --- Batches
 
 
@@ -227,10 +165,10 @@ def test_shorter_samples_are_padded_without_a_loss():
         ("a.jsonl", b'{"text": 3}\n', "line 1: there is no text"),
         ("a.jsonl", b"[1]\n", "line 1: there is no text"),
         ("a.jsonl", b"{text}\n", "line 1: this is no JSON"),
-        ("a.txt", b"\xff\xfe\x00", "a.txt is no UTF-8 text. Convert it or leave it out"),
+        ("a.txt", b"\xff\xfe\x00", "a.txt: this is no UTF-8 text. Convert it, or leave it out"),
         ("a.txt", b"", "data.train: it holds less than data.seq_len=16 tokens"),
-        ("a.jsonl", b'{"messages": [{"content": "x"}]}\n', "line 1: the chat template refuses"),
-        (None, b"", "there is no text file in it"),
+        ("a.jsonl", b'{"messages": [{"content": "x"}]}\n', "line 1: message 1: it must be"),
+        (None, b"", "there is no file in it that can be read"),
     ],
 )
 def test_unusable_files_are_named(tokenizer, tmp_path, name, content, expected):
@@ -246,12 +184,3 @@ def test_missing_sources_are_named(tokenizer, tmp_path):
     source = Source(dataset=str(tmp_path / "none"))
     with pytest.raises(UserError, match="data.train.dataset: .*could not be loaded"):
         load_samples(source, DataConfig(train=source), tokenizer, "data.train")
-
-
-def test_a_tokenizer_without_an_end_is_refused(tokenizer):
-    before, tokenizer.eos_token = tokenizer.eos_token, None
-    try:
-        with pytest.raises(UserError, match="model.tokenizer: it has no end-of-sequence token"):
-            Encoder(tokenizer, DataConfig(train=Source(files=("x",))))
-    finally:
-        tokenizer.eos_token = before

@@ -211,7 +211,7 @@ def test_the_command_trains_from_a_file(tmp_path, base, texts, capsys):
     assert f"Wrote {tmp_path / 'model'}" in output
     assert main(["train", "--config", str(path)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("vllm-layerskip train: error: output.folder:")
+    assert error.startswith(f"vllm-layerskip train: error: --config {path}: output.folder:")
     assert len(error.splitlines()) == 1
     assert main(["train", "--config", str(path), "--overwrite", "--resume"]) == 2
     assert main(["train", "--config", str(path), "--num-workers", "0"]) == 2

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from vllm_layerskip.errors import UserError
 from vllm_layerskip.measuring.timing import Step
 from vllm_layerskip.metrics import counters
 from vllm_layerskip.tuning import measure
@@ -65,7 +66,7 @@ def test_plain_decoding_has_no_counters(runs):
 
 def test_answers_that_are_too_short_are_refused_with_a_remedy(monkeypatch):
     monkeypatch.setattr(measure, "run_steps", lambda *_: [Step(0.0, {"0": 1}, True)])
-    with pytest.raises(ValueError, match=r"batch size 1 .* Raise --max-tokens"):
+    with pytest.raises(UserError, match=r"batch size 1 .* Raise --max-tokens"):
         measure.measure_batch_size(None, PLAIN, 1, JOB, start_s=0)
 
 

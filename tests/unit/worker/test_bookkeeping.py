@@ -162,7 +162,7 @@ class ModelState(LayerSkipModelState):
         self.config = SimpleNamespace(reuse_exit_states=True)
         self.model_config = SimpleNamespace(max_model_len=MAX_MODEL_LEN)
         self.early_attn_groups = []
-        self.model, self._num_weight_loads = SimpleNamespace(num_weight_loads=1), 1
+        self.model, self._num_weight_changes = SimpleNamespace(num_weight_changes=1), 1
         self.idx_mapping = torch.full((MAX_NUM_REQS,), -7, dtype=torch.int64)
         self.query_start_loc = torch.zeros(MAX_NUM_REQS + 1, dtype=torch.int32)
         self.slot_mappings = torch.full((1, MAX_NUM_REQS), -7, dtype=torch.int64)
