@@ -7,7 +7,7 @@ import os
 import socket
 from typing import Any
 
-from vllm_layerskip.errors import UserError, one_line
+from vllm_layerskip.errors import UserError, needs_extra, one_line
 
 TIME_LIMIT_S = 10.0
 """How long a cluster may take to answer."""
@@ -15,12 +15,6 @@ CLIENT_PORT = 10001
 """Where Ray's client server listens, unless the address says so."""
 
 _OPTION = "--ray-address"
-_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-"""The beginning of every gRPC connection: HTTP/2's preface, and settings without any."""
-_SETTINGS = 4
-"""The type of the frame that a server must begin with."""
-_HEAD = 9
-"""Bytes of a frame's head, in which the type is the fourth."""
 
 
 def join_ray(address: str | None, **options: Any) -> None:
@@ -112,24 +106,23 @@ def _found_by_ray(address: str | None) -> str | None:
 
 
 def _problem(host: str, port: int) -> str | None:
-    """Why no gRPC server, as Ray's servers are, answers there; None if one does."""
+    """Why no gRPC server, as Ray's servers are, answers there; None if one does.
+
+    Raises:
+        UserError: the extra ``ray`` is not installed.
+    """
+    with needs_extra("ray"):
+        import grpc  # type: ignore[import-untyped]
     try:
-        with socket.create_connection((host, port), timeout=TIME_LIMIT_S) as connection:
-            if os.environ.get("RAY_USE_TLS", "0") == "1":
-                return None
-            connection.sendall(_GREETING)
-            head = _received(connection, _HEAD)
-    except TimeoutError:
-        return f"nothing came in {TIME_LIMIT_S:.0f} s"
+        # gRPC would try a refused connection again until the time is over.
+        socket.create_connection((host, port), timeout=TIME_LIMIT_S).close()
     except (OSError, OverflowError) as error:
         return one_line(error)
-    if len(head) < _HEAD or head[3] != _SETTINGS:
-        return "something else than Ray listens there"
+    if os.environ.get("RAY_USE_TLS", "0") == "1":
+        return None
+    with grpc.insecure_channel(f"[{host}]:{port}" if ":" in host else f"{host}:{port}") as channel:
+        try:
+            grpc.channel_ready_future(channel).result(TIME_LIMIT_S)
+        except grpc.FutureTimeoutError:
+            return f"what listens there did not answer as Ray does in {TIME_LIMIT_S:.0f} s"
     return None
-
-
-def _received(connection: socket.socket, size: int) -> bytes:
-    content = b""
-    while len(content) < size and (part := connection.recv(size - len(content))):
-        content += part
-    return content

@@ -60,21 +60,15 @@ def test_nothing_listens(scheme):
     assert time.monotonic() - start < 5
 
 
-@pytest.mark.parametrize(
-    ("answer", "reason"),
-    [
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "something else than Ray listens there"),
-        (b"\0\0", "nothing came in 0 s"),
-        (b"", "nothing came in 0 s"),
-    ],
-)
-def test_something_else_listens(answer, reason):
-    with server(answer) as address, pytest.raises(UserError, match=reason):
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\0\0", b""])
+def test_something_else_listens(answer):
+    with server(answer) as address, pytest.raises(UserError, match="did not answer as Ray does"):
         cluster.check_answers(address)
 
 
-def test_a_server_of_grpc_is_let_through():
+def test_a_server_of_grpc_is_let_through(monkeypatch):
     grpc = pytest.importorskip("grpc")
+    monkeypatch.setattr(cluster, "TIME_LIMIT_S", 60.0)
     from concurrent.futures import ThreadPoolExecutor
 
     real = grpc.server(ThreadPoolExecutor(1))
