@@ -48,7 +48,9 @@ def read_questions(path: Path) -> list[Question]:
     records = enumerate(good_records(files, _OPTION, text="lines"), start=1)
     questions = [_question(record, number) for number, record in records]
     if not questions:
-        raise UserError(f"{_OPTION} {path}: there is no question in it. Give a file that holds some.")
+        raise UserError(
+            f"{_OPTION} {path}: there is no question in it. Give a file that holds some."
+        )
     return questions
 
 

@@ -11,6 +11,7 @@ from unit.training.training_runs import small_tokenizer
 SPECIAL = (
     "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
     "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]", "<|User|>", "<|Assistant|>",
+    "<|system|>", "<|user|>", "<|assistant|>", "<|end|>",
 )  # fmt: skip
 
 # Qwen2.5: a default system prompt, tools, results of tools in the user's turn.
@@ -205,10 +206,17 @@ MARKED_IN_A_MACRO = """\
 {%- for message in messages %}{{- turn(message) }}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
+# Phi-3: each turn has a token that closes it, and a text without a generation prompt ends with
+# another one.
+PHI3 = """\
+{%- for message in messages %}{{- '<|' + message.role + '|>\\n' + message.content + '<|end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- else %}{{- eos_token }}{%- endif %}
+"""
 TEMPLATES = {
     "chatml": CHATML, "llama3": LLAMA3, "mistral": MISTRAL, "gemma": GEMMA, "macro": MACRO,
     "parts": PARTS, "qwen3": QWEN3, "r1": R1, "plain": PLAIN, "marked": MARKED,
-    "marked with header": MARKED_WITH_HEADER, "marked in a macro": MARKED_IN_A_MACRO,
+    "phi3": PHI3, "marked with header": MARKED_WITH_HEADER, "marked in a macro": MARKED_IN_A_MACRO,
 }  # fmt: skip
 _ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 

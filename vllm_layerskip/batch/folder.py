@@ -6,12 +6,13 @@ Nothing is made or removed in it before there is an answer: a start that fails l
 
 from __future__ import annotations
 
+import fcntl
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from vllm_layerskip.batch.rows import TEXT_FIELD
 from vllm_layerskip.batch.settings import JobSettings
@@ -39,6 +40,7 @@ def check(folder: Path, settings: JobSettings, overwrite: bool) -> bool:
     path = folder / SETTINGS
     try:
         _check_writable(folder)
+        _check_nobody_writes(folder)
         is_jobs = path.exists()
         found = None
         if is_jobs and not overwrite:
@@ -63,6 +65,30 @@ def _check_writable(folder: Path) -> None:
         pass
 
 
+def _check_nobody_writes(folder: Path) -> None:
+    for name in (ANSWERS, ALL_ANSWERS):
+        if (folder / name).exists():
+            with (folder / name).open("rb") as answers:
+                lock(answers, folder)
+
+
+def lock(answers: IO[bytes], folder: Path) -> None:
+    """Keep other processes from writing answers to the folder, until the file is closed.
+
+    Raises:
+        UserError: another process writes them.
+    """
+    try:
+        fcntl.flock(answers, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"--output {folder}: another run writes to it. Wait for its end, or choose another "
+            "folder."
+        ) from None
+    except OSError:
+        pass  # A file system without locks.
+
+
 def _as_written(settings: JobSettings) -> dict[str, Any]:
     written: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
     if settings.text_field == TEXT_FIELD:
@@ -72,13 +98,19 @@ def _as_written(settings: JobSettings) -> dict[str, Any]:
 
 def _check_equal(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     names = dict.fromkeys([*wanted, *found])
-    different = [name for name in names if found.get(name) != wanted.get(name)]
+    different = [name for name in names if _comparable(found, name) != _comparable(wanted, name)]
     if different:
         pairs = [f"{n} {found.get(n)!r:.200}, and now {wanted.get(n)!r:.200}" for n in different]
         raise UserError(
             f"--output {folder} holds answers of a run with other settings: {'; '.join(pairs)}. "
             "Give those to go on, another folder, or --overwrite to begin anew."
         )
+
+
+def _comparable(settings: Mapping[str, Any], name: str) -> Any:
+    """A setting's value; of the input what is in the files, wherever they are."""
+    value = settings.get(name)
+    return [digest for _, digest in value or ()] if name == "input" else value
 
 
 def claim(folder: Path, settings: JobSettings, overwrite: bool = False) -> None:

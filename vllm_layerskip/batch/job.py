@@ -4,10 +4,11 @@ output file gets all of them."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,8 @@ class Summary:
     """Mean tokens per verification, of this run; None if nothing is drafted, or with Ray."""
     outputs: Mapping[str, bool] = field(default_factory=dict)
     """The files of answers, and whether they have token ids."""
+    first_error: str | None = None
+    """Of the rows that have one."""
 
 
 @dataclass
@@ -80,9 +83,11 @@ class _Tally:
     num_tokens: int = 0
     num_drafts: int = 0
     num_accepted_tokens: int = 0
+    first_error: str | None = None
 
     def add(self, answer: Answer) -> None:
         self.num_rows += 1
+        self.first_error = self.first_error or answer.error
         self.num_errors += answer.error is not None
         self.num_tokens += len(answer.token_ids or ())
         self.num_drafts += answer.num_drafts or 0
@@ -110,14 +115,14 @@ def run(job: Job, generate: Generate) -> Summary:
     """Do what is left of a job.
 
     Raises:
-        UserError: the input cannot be read, two of its rows have the same id, or it has a value
-            that the output cannot hold.
+        UserError: the input cannot be read, two of its rows have the same id, it has a value
+            that the output cannot hold, or it changes meanwhile.
         RuntimeError: the engines left rows without an answer.
     """
     start = time.perf_counter()
     folder, total = job.output.parent, _Tally()
-    found = _look_through(job)
     with Journal(folder, job.claim, job.goes_on) as journal:
+        found = _look_through(job, journal)
         this_run = _complete(journal, job, found, generate)
         journal.begin()
         found.writer.write(job.output, _records(job, found, journal, total))
@@ -131,6 +136,7 @@ def run(job: Job, generate: Generate) -> Summary:
         output_tokens_per_s=round(this_run.num_tokens / seconds, 3),
         acceptance_length=this_run.acceptance_length,
         outputs={**outputs_of(folder), job.output.name: job.with_token_ids},
+        first_error=total.first_error,
     )
     _keep(folder, summary)
     journal.keep()
@@ -151,7 +157,7 @@ def _earlier(folder: Path) -> dict[str, Any]:
     path = folder / SUMMARY
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return {}
 
 
@@ -161,7 +167,7 @@ def _keep(folder: Path, summary: Summary) -> None:
     write_json(folder / SUMMARY, {**asdict(summary), **earlier, "outputs": summary.outputs})
 
 
-def _look_through(job: Job) -> _Input:
+def _look_through(job: Job, journal: Journal) -> _Input:
     """Find what is wrong with the input as a whole, and what the output could not hold.
 
     Raises:
@@ -174,6 +180,7 @@ def _look_through(job: Job) -> _Input:
         found.ids.add(row)
         if row.error is not None:
             found.wrong.add(row.index)
+        journal.forget_unless(row.index, _digest(row))
         passed_on = {name: value for name, value in row.columns.items() if name not in own}
         _see(found.writer, passed_on | ({} if row.id is None else {"id": row.id}), row.where)
     if job.output.suffix == ".parquet":
@@ -194,6 +201,7 @@ def _complete(journal: Journal, job: Job, found: _Input, generate: Generate) -> 
     """Add the missing answers to the journal, with a progress bar on stderr.
 
     Raises:
+        UserError: the input has got more rows.
         RuntimeError: the engines left rows without an answer.
     """
     from tqdm import tqdm
@@ -209,6 +217,8 @@ def _complete(journal: Journal, job: Job, found: _Input, generate: Generate) -> 
                 tally.add(answer)
                 progress.update()
     num_left -= tally.num_rows
+    if num_left < 0:
+        raise _has_changed(f"it has {-num_left} rows more")
     if num_left:
         raise RuntimeError(
             f"{num_left} of {found.num_rows} rows have no answer, though the engines ended. Run "
@@ -219,17 +229,55 @@ def _complete(journal: Journal, job: Job, found: _Input, generate: Generate) -> 
 
 def _answers(job: Job, done: set[int], generate: Generate) -> Iterator[Answer]:
     """Answers of the engines to all rows that are not done."""
-    rows = (row for row in job.rows() if row.index not in done)
+    digests: dict[int, str] = {}
+
+    def left() -> Iterator[PromptRow]:
+        for row in job.rows():
+            if row.index not in done:
+                digests[row.index] = _digest(row)
+                yield row
+
+    rows = left()
     # No engine is started for no row.
     first = next(rows, None)
     if first is not None:
-        yield from generate(chain([first], rows))
+        for answer in generate(chain([first], rows)):
+            yield replace(answer, row=digests.pop(answer.index, None))
+
+
+def _digest(row: PromptRow) -> str:
+    """Of all that a row holds: two that are equal may have each other's answer."""
+    values = [
+        row.id, row.columns, row.prompt, row.prompt_token_ids, row.messages, row.tools,
+        row.sampling_params,
+    ]  # fmt: skip
+    content = json.dumps(values, default=repr)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _has_changed(what: str) -> UserError:
+    return UserError(
+        f"--input: {what} than when the job began. Put back what was there and give the same "
+        "command again to go on, or begin anew with --overwrite."
+    )
 
 
 def _records(job: Job, found: _Input, journal: Journal, total: _Tally) -> Iterator[dict[str, Any]]:
-    """The output's rows in the input's order; adds their answers to ``total``."""
+    """The output's rows in the input's order; adds their answers to ``total``.
+
+    Raises:
+        UserError: the input has changed since its rows were answered.
+    """
     for row in job.rows():
-        wrong = row.error is not None
-        answer = Answer(row.index, error=row.error) if wrong else journal.answer(row.index)
+        if row.error is not None:
+            answer = Answer(row.index, error=row.error)
+        elif row.index in journal.offsets:
+            answer = journal.answer(row.index)
+        else:
+            raise _has_changed(f"{row.where} is another row")
+        if answer.row not in (None, _digest(row)):
+            raise _has_changed(f"{row.where} is another row")
         total.add(answer)
         yield output_record(found.ids.of(row), row.columns, answer, job.with_token_ids)
+    if total.num_rows != found.num_rows:
+        raise _has_changed(f"it has {found.num_rows - total.num_rows} rows less")

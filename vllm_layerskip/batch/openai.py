@@ -12,8 +12,14 @@ from vllm_layerskip.batch.values import brief
 _URLS = ("/v1/chat/completions", "/v1/completions")
 _PROMPTS = ("messages", "prompt")
 _WITHOUT_EFFECT = ("model", "user", "metadata", "store")
-_ONLY = {"n": 1, "stream": False}
-"""Parameters that may be given, but have one value only."""
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "stream": (False,),
+    "logprobs": (False,),
+    "echo": (False,),
+    "tool_choice": ("auto", "none"),
+}
+"""Parameters that may be given, but have these values only."""
 
 
 def is_request(record: Mapping[str, Any]) -> bool:
@@ -44,9 +50,9 @@ def row_of(record: Mapping[str, Any], text_field: str) -> dict[str, Any]:
     if "prompt" in body:
         prompt = body.pop("prompt")
         row["prompt_token_ids" if _is_token_ids(prompt) else text_field] = prompt
-    for key, value in _ONLY.items():
-        if body.pop(key, value) != value:
-            raise ValueError(f"body: {key} must be {value!r}. Leave it out.")
+    for key, valid in _ONLY.items():
+        if body.pop(key, valid[0]) not in valid:
+            raise ValueError(f"body: {key} must be {' or '.join(map(repr, valid))}. Leave it out.")
     row["sampling_params"] = {k: v for k, v in body.items() if k not in _WITHOUT_EFFECT}
     return row
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from vllm_layerskip.batch.folder import ALL_ANSWERS, ANSWERS
+from vllm_layerskip.batch.folder import ALL_ANSWERS, ANSWERS, lock
 
 _SYNC_EVERY_S = 1.0
 
@@ -34,6 +34,8 @@ class Answer:
     num_drafts: int | None = None
     """Verifications; None if the engine does not say."""
     num_accepted_tokens: int | None = None
+    row: str | None = None
+    """The digest of the row that it belongs to; None in folders of earlier versions."""
 
 
 class Journal:
@@ -49,6 +51,7 @@ class Journal:
         self.path = done if goes_on and done.exists() else partial
         self.offsets: dict[int, int] = {}
         """Where the line of each row begins."""
+        self._rows: dict[int, str | None] = {}
         self._end = 0
         self._claim = claim
         self._file: IO[bytes] | None = None
@@ -59,10 +62,21 @@ class Journal:
     def _read(self) -> None:
         with self.path.open("rb") as lines:
             for line in lines:
-                if not line.endswith(b"\n"):
+                try:
+                    answer = json.loads(line)
+                    self.offsets[answer["index"]] = self._end
+                    self._rows[answer["index"]] = answer.get("row")
+                except (ValueError, TypeError, KeyError):  # A crash damaged it.
                     break
-                self.offsets[json.loads(line)["index"]] = self._end
+                if not line.endswith(b"\n"):
+                    del self.offsets[answer["index"]]
+                    break
                 self._end += len(line)
+
+    def forget_unless(self, index: int, row: str) -> None:
+        """Drop the answer of a row, if it was given to another one: an input had changed."""
+        if self._rows.pop(index, None) not in (None, row):
+            del self.offsets[index]
 
     def __enter__(self) -> Journal:
         return self
@@ -77,11 +91,12 @@ class Journal:
         """Make the folder this job's and open the journal, unless that is done.
 
         Raises:
-            UserError: the folder cannot be this job's.
+            UserError: the folder cannot be this job's, or another run writes to it.
         """
         if self._file is None:
             self._claim()
             self._file = self.path.open("r+b" if self.path.exists() else "w+b")
+            lock(self._file, self.path.parent)
             self._file.truncate(self._end)
             self._file.seek(self._end)
         return self._file

@@ -85,8 +85,11 @@ def merged(
 
 
 def _vllms_form(own: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The row's parameters with vLLM's name for OpenAI's ``max_completion_tokens``."""
+    """The row's parameters with vLLM's name for OpenAI's ``max_completion_tokens``, and one form
+    of ``top_k``."""
     given = dict(own)
+    if given.get("top_k") == -1:  # vLLM's other form of "all tokens".
+        given["top_k"] = 0
     if "max_completion_tokens" in given:
         number = given.pop("max_completion_tokens")
         if given.setdefault("max_tokens", number) != number:

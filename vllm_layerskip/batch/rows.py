@@ -8,6 +8,7 @@ given": a table has nulls where a row lacks what others have. Other columns are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +86,9 @@ def checked_row(
     if not isinstance(value, Mapping):
         error = f"a row must be a JSON object or a text, not {brief(value)}."
         return PromptRow(index, error=error, where=where)
+    if record.is_row:
+        own = (*_ID_KEYS, "sampling_params")
+        value = {**value, **{key: _without_nan(value[key]) for key in own if key in value}}
     values: dict[str, Any] = {"where": where}
     source = "sampling_params"
     try:
@@ -96,6 +100,16 @@ def checked_row(
     except ValueError as error:
         values["error"] = str(error)
     return PromptRow(index, columns=_columns(value, text_field), **values)
+
+
+def _without_nan(value: Any) -> Any:
+    """Numbers as they were before pandas wrote a table: it has NaN where an integer is missing, and
+    floats beside it."""
+    if isinstance(value, float):
+        return None if math.isnan(value) else int(value) if value.is_integer() else value
+    if isinstance(value, Mapping):
+        return {key: _without_nan(part) for key, part in value.items()}
+    return [_without_nan(part) for part in value] if isinstance(value, list) else value
 
 
 def _given(record: Mapping[str, Any], text_field: str) -> list[str]:

@@ -13,7 +13,7 @@ from vllm_layerskip.batch.kinds import Kind, arrow_type, arrow_value, joined, ki
 from vllm_layerskip.batch.output import Answer, json_line
 from vllm_layerskip.batch.values import brief, json_form, texts_in
 from vllm_layerskip.files.found import format_of
-from vllm_layerskip.files.records import NO_UNICODE, is_unicode
+from vllm_layerskip.files.records import NO_UNICODE, is_unicode, parquet_file
 from vllm_layerskip.files.whole import whole_file
 
 if TYPE_CHECKING:
@@ -185,13 +185,11 @@ def _types_in(files: Sequence[Path]) -> dict[str, pyarrow.DataType]:
     Raises:
         UserError: a file cannot be read.
     """
-    from pyarrow import parquet
-
     if not all(format_of(file) == ".parquet" for file in files):
         return {}
     types: dict[str, pyarrow.DataType | None] = {}
     for file in files:
-        with parquet.ParquetFile(file) as table:
+        with parquet_file(file, "--input") as table:
             for column in table.schema_arrow:
                 if types.setdefault(column.name, column.type) != column.type:
                     types[column.name] = None

@@ -126,6 +126,11 @@ def run(args: argparse.Namespace) -> None:
         f"{summary.num_output_tokens} tokens: {settings.output.file}"
     )
     print(_this_run(summary))
+    if summary.num_rows and summary.num_errors == summary.num_rows:
+        raise UserError(
+            f"no row could be answered. The first one: {summary.first_error} All reasons are in "
+            f"{settings.output.file}."
+        )
 
 
 def _settings(args: argparse.Namespace) -> BatchSettings:

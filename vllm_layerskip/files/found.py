@@ -45,7 +45,7 @@ def is_gzipped(file: Path) -> bool:
 
 
 def record_files(paths: Iterable[str | Path], source: str) -> list[Path]:
-    """The files that paths, folders and patterns (``parts/*/p.jsonl``, ``**``) name.
+    """The files that paths, folders and patterns (``parts/*/p.jsonl``, ``**``) name, each once.
 
     A path that exists is no pattern, whatever signs are in it. Files of folders and patterns come
     in the order of their names, without hidden ones.
@@ -56,18 +56,26 @@ def record_files(paths: Iterable[str | Path], source: str) -> list[Path]:
     Raises:
         UserError: a path names no file, or a file is of an unknown format.
     """
-    return [file for path in paths for file in _files_of(str(path), source)]
+    files: list[Path] = []
+    for path in map(str, paths):
+        try:
+            files += _files_of(path, source)
+        except OSError as error:  # A text of many words, for instance.
+            short = path if len(path) <= 80 else f"{path[:80]}..."
+            raise UserError(f"{source} {short}: {error.strerror}. Correct the path.") from None
+    return list(dict.fromkeys(files))
 
 
 def _files_of(path: str, source: str) -> list[Path]:
+    if not path:
+        raise UserError(f"{source} '': the path is empty. Give files, folders or patterns.")
     if Path(path).is_dir():
         return _files_of_folder(Path(path), source)
     if Path(path).exists():
         return [_checked(Path(path), source)]
-    found = [Path(name) for name in sorted(glob.glob(path, recursive=True))]
     files = [
         file
-        for item in found
+        for item in _matches(path)
         for file in (_visible_files(item) if item.is_dir() else [_checked(item, source)])
     ]
     if not files:
@@ -76,7 +84,21 @@ def _files_of(path: str, source: str) -> list[Path]:
             f"{source} {path}: {what}. Give files, folders or patterns of files that end with "
             f"{VALID}."
         )
-    return list(dict.fromkeys(files))  # ``**`` names a folder and what is in it.
+    return files
+
+
+def _matches(pattern: str) -> list[Path]:
+    """Files and folders that match, by name. Folders that exist may have any signs in their
+    names."""
+    folder = next(parent for parent in Path(pattern).parents if parent.is_dir())
+    rest = str(Path(pattern).relative_to(folder))
+    found = [
+        folder / name for name in sorted(glob.glob(rest, root_dir=folder, recursive=True)) if name
+    ]
+    if Path(pattern).name == "**":  # Folders bring their files.
+        found = [folder, *found] if rest == "**" else found
+        return [item for item in found if item.is_dir()]
+    return found
 
 
 def _files_of_folder(folder: Path, source: str) -> list[Path]:

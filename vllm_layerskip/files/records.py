@@ -239,7 +239,13 @@ def _json_records(file: Path, source: str) -> Iterator[Record]:
         yield Record(str(file), value)
 
 
-def _parquet_records(file: Path, source: str) -> Iterator[Record]:
+@contextmanager
+def parquet_file(file: Path, source: str) -> Iterator[Any]:
+    """A Parquet file as pyarrow's ``ParquetFile``.
+
+    Raises:
+        UserError: pyarrow is not installed, or the file cannot be read; also within the block.
+    """
     try:
         import pyarrow
         from pyarrow import parquet
@@ -248,15 +254,63 @@ def _parquet_records(file: Path, source: str) -> Iterator[Record]:
             f"{source} {file}: Parquet needs pyarrow. Install it (pip install pyarrow), or give "
             "JSON lines."
         ) from None
-    number = 0
     try:
         with _readable(file, source), parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(_PARQUET_ROWS_AT_ONCE):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield Record(f"{file}, row {number}", value, is_row=True)
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+            yield table
+    except pyarrow.ArrowException as error:
         raise UserError(
-            f"{source} {file}: this is no Parquet file that can be read, after {number} rows "
-            f"({error}). Write it again."
+            f"{source} {file}: this is no Parquet file that can be read ({error}). Write it again."
         ) from None
+
+
+def _parquet_records(file: Path, source: str) -> Iterator[Record]:
+    number = 0
+    with parquet_file(file, source) as table:
+        names = table.schema_arrow.names
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(
+                f"{source} {file}: it has several columns of the name {twice[0]!r}. Rename or drop "
+                "all but one."
+            )
+        for batch in table.iter_batches(_PARQUET_ROWS_AT_ONCE):
+            columns = {
+                name: _python_values(column, f"{source} {file}, column {name!r}", number)
+                for name, column in zip(names, batch.columns, strict=True)
+            }
+            for index in range(batch.num_rows):
+                number += 1
+                value = {name: column[index] for name, column in columns.items()}
+                yield Record(f"{file}, row {number}", value, is_row=True)
+
+
+def _python_values(column: Any, where: str, num_rows_before: int) -> list[Any]:
+    """The values of a column, none of them changed.
+
+    Raises:
+        UserError: Python has no such value (a date after the year 9999, a time's nanoseconds).
+    """
+    import pyarrow
+
+    try:
+        if column.type == pyarrow.time64("ns"):
+            column = column.cast(pyarrow.time64("us"))  # Else nanoseconds are dropped.
+        return list(column.to_pylist())
+    except (pyarrow.ArrowException, ValueError, OverflowError, KeyError) as error:
+        row = num_rows_before + 1 + next((i for i in range(len(column)) if _is_wrong(column, i)), 0)
+        raise UserError(
+            f"{where}, row {row}: this value cannot be read ({error}). Change it, or leave the "
+            "column out."
+        ) from None
+
+
+def _is_wrong(column: Any, index: int) -> bool:
+    import pyarrow
+
+    try:
+        part = column.slice(index, 1)
+        if column.type == pyarrow.time64("ns"):
+            part = part.cast(pyarrow.time64("us"))
+        part.to_pylist()
+    except (pyarrow.ArrowException, ValueError, OverflowError, KeyError):
+        return True
+    return False

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 
 def unreadable() -> tuple[type[Exception], ...]:
-    """For ``except``: no such file or name, no valid JSON, or values that do not go together."""
+    """For ``except``: no such file or name, no valid JSON, values that do not go together, or a
+    damaged file of weights."""
     from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
 
-    return OSError, ValueError, StrictDataclassError
+    # The last two where a file's JSON is no object.
+    return OSError, ValueError, StrictDataclassError, SafetensorError, TypeError, AttributeError

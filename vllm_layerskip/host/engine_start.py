@@ -29,6 +29,7 @@ _START_ERRORS = re.compile(
     r"No available memory for the cache blocks|larger than the available KV cache|"
     r"less than desired [CG]PU memory|less than requested memory for kv|out of memory|"
     r"CUDA error: invalid device ordinal|"
+    r"instantiate the backend tokenizer|[Cc]an't load tokenizer|"
     r"weights were not initialized from|Cannot find any model weights|lacks \d+ weight"
 )
 """vLLM's and our errors after its arguments are checked that a user can do something about."""

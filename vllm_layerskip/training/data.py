@@ -105,7 +105,9 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     content = (
         backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     )
-    parts = (content, str(tokenizer.eos_token_id), str(tokenizer.chat_template))
+    # A template prints special tokens by their names.
+    named = sorted(tokenizer.special_tokens_map.items(), key=str)
+    parts = (content, str(tokenizer.eos_token_id), repr(named), str(tokenizer.chat_template))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

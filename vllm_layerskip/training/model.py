@@ -82,7 +82,7 @@ def _new_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pretr
     }
     try:
         return AutoConfig.for_model(model.model_type, **{**defaults, **model.config})
-    except unreadable() + (TypeError,) as error:
+    except unreadable() as error:
         reason = one_line(error).rstrip(".")
         raise UserError(f"model.config: {reason}. Correct the value.") from None
 
@@ -162,7 +162,7 @@ def load_model(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
             attn_implementation=model.attn_implementation,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except unreadable() + (RuntimeError,) as error:
         raise UserError(
             f"model.path: the weights of {model.path!r} could not be read ({first_line(error)}). "
             "Name a complete checkpoint."

@@ -75,7 +75,9 @@ def _collective_rpc(original: Callable) -> Callable:
         if not (isinstance(method, str) and method in LEAVE_WEIGHTS_ALONE) and isinstance(
             self.speculative_config, LayerSkipConfig
         ):
-            original(self, count_weight_change)
+            # A call that may take only so long is not announced for longer.
+            timeout = kwargs.get("timeout", args[0] if args else None)
+            original(self, count_weight_change, timeout)
         return original(self, method, *args, **kwargs)
 
     return collective_rpc

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`generate` and `vllm serve` make the same prompt, and give the same answer, for the same chat.
 
-tests/unit/files/test_chats.py compares prompts for many templates and chats; here both run whole.
+tests/unit/chats/test_chat.py compares prompts for many templates and chats; here both run whole.
 """
 
 from __future__ import annotations

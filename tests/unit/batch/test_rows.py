@@ -100,6 +100,18 @@ def test_a_null_within_tools_is_meant_in_json_and_padding_in_a_table():
     assert without["function"]["parameters"] == {}
 
 
+def test_pandas_nulls_are_not_given():
+    """It has NaN where an integer is missing, and makes the integers beside it floats."""
+    value = {
+        "prompt": "a", "id": float("nan"), "custom_id": 7.0, "note": float("nan"),
+        "sampling_params": {"max_tokens": 8.0, "seed": float("nan"), "temperature": 0.5},
+    }  # fmt: skip
+    row = checked_row(0, Record("f", value, is_row=True), {})
+    assert (row.error, row.id) == (None, 7)
+    assert row.sampling_params == merged({}, {"max_tokens": 8, "temperature": 0.5})
+    assert checked_row(0, Record("f", value), {}).error is not None, "JSON has integers"
+
+
 def test_with_two_ids_the_second_one_is_a_column(tmp_path):
     (row,) = rows_of(tmp_path, {"prompt": "a", "custom_id": "c", "id": 1})
     assert (row.id, row.columns) == (1, {"custom_id": "c"})
@@ -108,7 +120,8 @@ def test_with_two_ids_the_second_one_is_a_column(tmp_path):
 def test_openais_batch_form(tmp_path):
     body = {
         "model": "gpt", "messages": CHAT, "max_completion_tokens": 5, "stop": "\n", "n": 1,
-        "temperature": None, "stream": False, "tools": [TOOL],
+        "temperature": None, "stream": False, "echo": False, "top_k": -1, "tool_choice": "auto",
+        "tools": [TOOL],
     }  # fmt: skip
     request = {"custom_id": "r", "method": "POST", "url": "/v1/chat/completions", "body": body}
     chat, text, tokens, own = rows_of(
@@ -134,7 +147,7 @@ def test_openais_batch_form(tmp_path):
         ({"url": "/v1/embeddings"}, "url='/v1/embeddings' must be /v1/chat/completions or"),
         ({"body": {"messages": CHAT, "n": 2}}, "body: n must be 1"),
         ({"body": {"messages": CHAT, "stream": True}}, "body: stream must be False"),
-        ({"body": {"messages": CHAT, "logprobs": True}}, "body: 'logprobs' is not supported"),
+        ({"body": {"messages": CHAT, "logprobs": True}}, "body: logprobs must be False"),
         ({"body": {"messages": CHAT, "top_p": 0}}, "body: top_p=0 must be a number above 0"),
         ({"body": {"prompt": ["a", "b"]}}, "prompt=['a', 'b'] must be a text"),
         ({"body": {"input": "a"}}, "this one has none of them"),

@@ -80,3 +80,14 @@ def test_the_exit_layer_has_the_type_that_vllm_serve_gives_it(value):
 
     argv = ["generate", "--model", "m", "--input", "i", "--output", "o", "--exit-layer", value]
     assert build_parser().parse_args(argv).exit_layer == exit_layer_argument(value)
+
+
+def test_a_job_without_any_answer_fails_and_says_why(tmp_path, capsys):
+    """Else a script would go on with an output that has nothing in it."""
+    (tmp_path / "in.jsonl").write_text('{"question": "a"}\n{oops\n')
+    paths = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "o")]
+    assert main(["generate", "--model", "m", "--device", "cpu", *paths]) == 2
+    printed = capsys.readouterr()
+    assert "2 rows, of which 2 with an error" in printed.out
+    assert "error: no row could be answered. The first one: a row must have one of" in printed.err
+    assert (tmp_path / "o/output.jsonl").read_text().count("\n") == 2

@@ -53,6 +53,31 @@ def test_a_file_that_exists_is_no_pattern(folder):
     assert found("set[1]") == ["set[1]/x.txt"]
 
 
+def test_a_pattern_below_a_folder_with_signs_in_its_name(folder):
+    (folder / "set [1]").mkdir()
+    (folder / "set [1]/x.txt").touch()
+    for path in ("set [1]/*.txt", "set [1]/**", str(folder / "set [1]/*")):
+        assert [Path(file).name for file in found(path)] == ["x.txt"]
+
+
+def test_a_file_counts_once(folder):
+    assert found("a.jsonl", "*.jsonl", "parts/**/*.txt", "parts") == sorted(FILES)[:1] + [
+        "parts/2/deep/p.txt", "parts/1/p.jsonl", "parts/2/p.jsonl", "parts/2/q.parquet"
+    ]  # fmt: skip
+
+
+def test_all_of_a_folder_is_as_the_folder(folder, caplog):
+    """Of ``**`` a file of another format is left out, and no error."""
+    assert found("parts/**") == found("parts")
+
+
+@pytest.mark.parametrize("path", ["", "x" * 300, "Write a story. " * 300], ids=["", "x", "story"])
+def test_what_can_be_no_path_is_named_in_short(folder, path):
+    with pytest.raises(UserError, match=r"^--input .{0,90}: ") as error:
+        found(path)
+    assert len(str(error.value)) < 300
+
+
 def test_a_folder_says_what_it_leaves_out(folder, caplog):
     found("parts/1")
     assert "1 file(s) of unknown formats are left out, t.csv first" in caplog.text

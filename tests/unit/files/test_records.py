@@ -161,6 +161,25 @@ def test_parquet_keeps_values_and_nulls(tmp_path):
     assert without_nulls(second) == {"s": {"b": "x"}}
 
 
+def test_a_column_that_python_cannot_hold_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    times = pyarrow.array([0, 1000, 1001], pyarrow.time64("ns"))
+    days = pyarrow.array([0, 1, 2**30], pyarrow.date32())
+    for name, column in (("t", times), ("d", days)):
+        parquet.write_table(pyarrow.table({"n": [1, 2, 3], name: column}), path)
+        with pytest.raises(UserError, match=rf"^--input .*a\.parquet, column '{name}', row 3: "):
+            values(path)
+    parquet.write_table(pyarrow.table({"t": times[:2]}), path)
+    assert [value["t"].microsecond for value in values(path)] == [0, 1]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.Table.from_arrays([[1], [2]], names=["x", "x"]), path)
+    with pytest.raises(UserError, match="several columns of the name 'x'"):
+        values(path)
+
+
 def test_many_rows_of_a_table(tmp_path):
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"n": list(range(2500))}), path, row_group_size=700)

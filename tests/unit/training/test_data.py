@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Catch training samples that lose, repeat or mix up text."""
 
+import copy
 import json
 
 import pytest
@@ -10,7 +11,13 @@ from hypothesis import strategies as st
 from unit.training.training_runs import TEXTS, write_tokenizer
 from vllm_layerskip.errors import UserError
 from vllm_layerskip.training.config import DataConfig, Source
-from vllm_layerskip.training.data import Collator, load_samples, pack, truncate
+from vllm_layerskip.training.data import (
+    Collator,
+    load_samples,
+    pack,
+    tokenizer_fingerprint,
+    truncate,
+)
 from vllm_layerskip.training.encoder import Encoded, Encoder
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -184,3 +191,11 @@ def test_missing_sources_are_named(tokenizer, tmp_path):
     source = Source(dataset=str(tmp_path / "none"))
     with pytest.raises(UserError, match="data.train.dataset: .*could not be loaded"):
         load_samples(source, DataConfig(train=source), tokenizer, "data.train")
+
+
+def test_another_token_that_the_template_prints_is_another_tokenizer(tokenizer):
+    """Samples of a cache begin with the token that the template wrote then."""
+    other = copy.deepcopy(tokenizer)
+    assert tokenizer_fingerprint(other) == tokenizer_fingerprint(tokenizer)
+    other.bos_token = "<think>"
+    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer)

@@ -89,7 +89,7 @@ def test_the_loss_is_on_responses_alone(tokenizer):
 
 CLOSED_BY = {
     "chatml": "<|im_end|>", "llama3": "<|eot_id|>", "mistral": "</s>", "gemma": "<end_of_turn>",
-    "macro": "<|im_end|>", "parts": "<|im_end|>", "r1": "</s>",
+    "macro": "<|im_end|>", "parts": "<|im_end|>", "r1": "</s>", "phi3": "<|end|>",
     "marked": "<|im_end|>", "marked with header": "<|im_end|>", "marked in a macro": "<|im_end|>",
 }  # fmt: skip
 KNOW_NO_SYSTEM = ("mistral", "gemma")
@@ -189,6 +189,31 @@ def test_reasoning_is_trained_where_the_template_shows_it():
         trained_texts(QWEN3, messages)
     assert trained_texts(MARKED, messages) == ["import<|im_end|>"], "marks need no comparison"
     assert trained_texts(MARKED, messages[:2]) == ["<think>\nreturn\n</think>\n\nimport<|im_end|>"]
+
+
+def test_a_closing_token_behind_a_mark_is_trained_if_it_ends_no_sequence():
+    """Qwen2.5's base model closes turns with <|im_end|>, and ends with another token."""
+    inside, behind = "+ '<|im_end|>' }}\n        {%- endgen", "}}\n        {%- endgen"
+    template = MARKED.replace(inside, behind).replace(
+        "{%- endgeneration %}", "{%- endgeneration %}{{- '<|im_end|>' }}"
+    )
+    assert template.count("<|im_end|>") == MARKED.count("<|im_end|>")
+    assert template != MARKED
+    tokenizer = copy.deepcopy(tokenizer_with(template))
+    tokenizer.eos_token = "</s>"
+    encoded = encode(tokenizer, {"messages": [user("a"), assistant("import"), user("b")]})
+    assert [tokenizer.decode(ids) for ids in trained(encoded)] == ["import<|im_end|>"]
+
+
+def test_a_mark_in_a_comment_marks_nothing():
+    template = "{# use {% generation %} to mark\nresponses #}" + CHATML
+    assert trained_texts(template, [user("a"), assistant("import")]) == ["import<|im_end|>"]
+
+
+def test_a_chat_whose_roles_have_other_names_is_refused():
+    with pytest.raises(UserError, match="no message has the role 'assistant', .* gpt, human"):
+        trained_texts(CHATML, [{"role": "human", "content": "a"}, {"role": "gpt", "content": "b"}])
+    assert trained_texts(CHATML, [SYSTEM, user("a")]) == [], "nothing to train, and no mistake"
 
 
 @pytest.mark.parametrize("template", [MARKED_IN_A_MACRO, MARKED_WITH_HEADER, MARKED])

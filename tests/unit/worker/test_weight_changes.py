@@ -133,3 +133,18 @@ def test_the_calls_that_leave_weights_alone_exist_in_vllm():
         if not any(hasattr(owner, name) for owner in owners)
     }
     assert missing == set()
+
+
+def test_an_announcement_takes_no_longer_than_its_call(layerskip, monkeypatch):
+    seen = []
+    original = Ranks.collective_rpc.__wrapped__
+
+    def timed(self, method, timeout=None, args=(), kwargs=None):
+        seen.append(timeout)
+        return original(self, method, timeout, args, kwargs)
+
+    monkeypatch.setattr(Ranks, "collective_rpc", weight_changes._collective_rpc(timed))
+    layerskip.collective_rpc("reload_weights", timeout=1.5)
+    layerskip.collective_rpc("reload_weights", 2.5)
+    layerskip.collective_rpc("reload_weights")
+    assert seen == [1.5, 1.5, 2.5, 2.5, None, None]
