@@ -59,8 +59,8 @@ def _question(record: Record, number: int) -> Question:
     question = _known_form(value, number) if isinstance(value, Mapping) else None
     if question is None:
         raise UserError(
-            f"{_OPTION} {record.where}: this is no question. A line must have turns (Spec-Bench), prompt "
-            "(HumanEval, with task_id), or question (GSM8K)."
+            f"{_OPTION} {record.where}: this is no question. A line must have turns (Spec-Bench), "
+            "prompt (HumanEval, with task_id), or question (GSM8K)."
         )
     return question
 
