@@ -151,6 +151,7 @@ RUNS: dict[str, dict[str, Run]] = {
             "--rounds 1 --cells-per-process 9 --enforce-eager --dry-run "
             "--engine-args {\"max_num_batched_tokens\":256}",
             lambda folder, printed: (folder / "results/cells.csv").read_text().count("\n") >= 3,
+            marks=(pytest.mark.slow,),
         ),
         "on a cluster": Run(
             f"{_TUNE.replace('3,6', '3').replace('1-2', '2')} --num-measured 0 --repeats 1 "
