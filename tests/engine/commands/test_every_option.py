@@ -92,6 +92,7 @@ RUNS: dict[str, dict[str, Run]] = {
             "--config train.yaml --overwrite",
             lambda folder, printed: (folder / "trained/config.json").exists(),
             after=("--config train.yaml",),
+            marks=(pytest.mark.slow,),
         ),
         "resumed": Run(
             "--config train.yaml --resume",
@@ -140,6 +141,7 @@ RUNS: dict[str, dict[str, Run]] = {
             f"{_TUNE} --hardware h100 --agreement results/agreement.npz --dry-run --batch-sizes 2",
             lambda folder, printed: "No config.json was changed" in printed,
             after=(f"{_TUNE} --hardware h100 --dry-run",),
+            marks=(pytest.mark.slow,),
         ),
         "of a field": Run(
             f"{_TUNE.replace('prompts.txt', 'texts.jsonl')} --text-field body --hardware l4 "

@@ -166,7 +166,11 @@ def plain(pool, checkpoint, prompts):
     return ask(pool.get(checkpoint, **SETTINGS), prompts[0])
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["sync", "async"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(False, marks=pytest.mark.slow), True],
+    ids=["sync", "async"],
+)
 def ours(request, pool, checkpoint, prompts):
     engine = pool.layerskip(checkpoint, 3, 4, async_scheduling=request.param, **SETTINGS)
     with engine.counting() as counts:

@@ -163,6 +163,8 @@ CHANGES: dict[str, Callable] = {
 
 WRITE_IN_PLACE = ("reload in kernel format", "transfer in place", "apply_model", "collective_rpc")
 """They call no ``load_weights``."""
+MUCH_LIKE_OTHERS = ("sleep level 1", "transfer by load_weights")
+"""Of a level 2 sleep and a reload, which always run."""
 COMPUTED_AGAIN = ("sleep level 1", "sleep level 2")
 """vLLM discards the K/V, and computes requests that it keeps from their first token."""
 
@@ -236,7 +238,13 @@ def missed(name: str):
     return mock.patch.object(LayerSkipModelState, "_forget_other_weights", return_value=None)
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in MUCH_LIKE_OTHERS else ())
+        for name in CHANGES
+    ],
+)
 def test_weights_that_change_in_flight(engines, prompts, name):
     prompts, change = [prompts[number] for number in (0, 2, 3)], CHANGES[name]
     at_least = [MIN_TOKENS] * len(prompts)

@@ -76,6 +76,7 @@ def answers(checkpoint, tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_prompts_and_answers_are_the_servers(checkpoint, answers, tmp_path):
     tokenizer = load_tokenizer(str(checkpoint), "--model")
     prompts = [chat_token_ids(tokenizer, chat["messages"], chat.get("tools")) for chat in CHATS]
