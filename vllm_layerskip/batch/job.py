@@ -180,9 +180,10 @@ def _look_through(job: Job, journal: Journal) -> _Input:
         found.ids.add(row)
         if row.error is not None:
             found.wrong.add(row.index)
-        journal.forget_unless(row.index, _digest(row))
         passed_on = {name: value for name, value in row.columns.items() if name not in own}
         _see(found.writer, passed_on | ({} if row.id is None else {"id": row.id}), row.where)
+        if row.index in journal.offsets:
+            journal.forget_unless(row.index, _digest(row))
     if job.output.suffix == ".parquet":
         found.ids.check_as_texts()
     for made_up in found.ids.made_up():
@@ -271,12 +272,11 @@ def _records(job: Job, found: _Input, journal: Journal, total: _Tally) -> Iterat
     for row in job.rows():
         if row.error is not None:
             answer = Answer(row.index, error=row.error)
-        elif row.index in journal.offsets:
-            answer = journal.answer(row.index)
         else:
-            raise _has_changed(f"{row.where} is another row")
-        if answer.row not in (None, _digest(row)):
-            raise _has_changed(f"{row.where} is another row")
+            kept = journal.answer(row.index) if row.index in journal.offsets else None
+            if kept is None or kept.row not in (None, _digest(row)):
+                raise _has_changed(f"{row.where} is another row")
+            answer = kept
         total.add(answer)
         yield output_record(found.ids.of(row), row.columns, answer, job.with_token_ids)
     if total.num_rows != found.num_rows:

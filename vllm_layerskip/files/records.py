@@ -283,19 +283,19 @@ def _parquet_records(file: Path, source: str) -> Iterator[Record]:
                 yield Record(f"{file}, row {number}", value, is_row=True)
 
 
+_UNREADABLE = (ValueError, OverflowError, KeyError)
+"""Errors of values that Python does not have; pyarrow's ``ArrowInvalid`` is a ValueError."""
+
+
 def _python_values(column: Any, where: str, num_rows_before: int) -> list[Any]:
     """The values of a column, none of them changed.
 
     Raises:
         UserError: Python has no such value (a date after the year 9999, a time's nanoseconds).
     """
-    import pyarrow
-
     try:
-        if column.type == pyarrow.time64("ns"):
-            column = column.cast(pyarrow.time64("us"))  # Else nanoseconds are dropped.
-        return list(column.to_pylist())
-    except (pyarrow.ArrowException, ValueError, OverflowError, KeyError) as error:
+        return _exact_values(column)
+    except _UNREADABLE as error:
         row = num_rows_before + 1 + next((i for i in range(len(column)) if _is_wrong(column, i)), 0)
         raise UserError(
             f"{where}, row {row}: this value cannot be read ({error}). Change it, or leave the "
@@ -303,14 +303,17 @@ def _python_values(column: Any, where: str, num_rows_before: int) -> list[Any]:
         ) from None
 
 
-def _is_wrong(column: Any, index: int) -> bool:
+def _exact_values(column: Any) -> list[Any]:
     import pyarrow
 
+    if column.type == pyarrow.time64("ns"):
+        column = column.cast(pyarrow.time64("us"))  # Else nanoseconds are dropped.
+    return list(column.to_pylist())
+
+
+def _is_wrong(column: Any, index: int) -> bool:
     try:
-        part = column.slice(index, 1)
-        if column.type == pyarrow.time64("ns"):
-            part = part.cast(pyarrow.time64("us"))
-        part.to_pylist()
-    except (pyarrow.ArrowException, ValueError, OverflowError, KeyError):
+        _exact_values(column.slice(index, 1))
+    except _UNREADABLE:
         return True
     return False

@@ -356,3 +356,12 @@ def test_a_damaged_journal_costs_answers_and_no_job(tmp_path, monkeypatch, damag
     (tmp_path / "out/output.jsonl").unlink()
     _run(tmp_path)
     assert [row["text"] for row in output(tmp_path)] == ["<a>", "<b>"]
+
+
+@pytest.mark.parametrize("depth", [100, 900, 960])
+def test_a_column_that_is_too_deep_is_refused_by_name(tmp_path, engine, depth):
+    row = '{"prompt": "a", "deep": ' + "[" * depth + "]" * depth + "}"
+    with pytest.raises(UserError, match=r"line 1: column 'deep': it nests more than"):
+        _run(tmp_path, rows=[row])
+    assert engine == []
+    assert not (tmp_path / "out").exists()
