@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import os
 import sys
 import tempfile
@@ -43,6 +44,9 @@ def prepare_environment(results: Path, tiny: bool) -> None:
         ("TRITON_CACHE_DIR", str(results / "caches" / "triton")),
     ):
         os.environ.setdefault(name, value)
+    if importlib.util.find_spec("flashinfer") is None:
+        # vLLM imports it for top-k and top-p on a GPU, unless it is told not to.
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     if tiny:
         os.environ["TRITON_INTERPRET"] = "1"
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]

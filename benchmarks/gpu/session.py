@@ -50,6 +50,8 @@ LEAST_S = 5.0
 NOISE = re.compile(r"(INFO|WARNING|DEBUG) \d\d-\d\d |^\[(rank\d+\]:\[)?W\d|\d+%.*\d/\d")
 """Log lines of vLLM and torch, progress bars: in the log, but not on the screen."""
 MAX_COLUMNS = 170
+MISSING_MODULE = re.compile(r"ModuleNotFoundError: .*")
+"""If two parts fail by the same one, the machine lacks what every part needs."""
 MAX_DELIVERED = 5
 """The device tool returns eight files: these, the summary, and the archive with the rest."""
 
@@ -157,6 +159,8 @@ class Session:
         try:
             if limit_s < LEAST_S:
                 status = "not begun: no time was left"
+            elif missing := self._missing_module():
+                status = f"not begun: two parts ended with {missing}"
             else:
                 status = self._wait(part, log, limit_s)
         finally:
@@ -164,6 +168,18 @@ class Session:
             self.outcomes.append(outcome)
             with contextlib.suppress(OSError):  # Nobody reads the output any more.
                 self._print(part, outcome, log)
+
+    def _missing_module(self) -> str | None:
+        """The error of a missing module, if two parts have failed by the same one."""
+        seen = set()
+        for outcome in self.outcomes:
+            if outcome.status.startswith("failed"):
+                log = self.results / LOGS / f"{outcome.name}.log"
+                errors = MISSING_MODULE.findall(log.read_text(encoding="utf-8", errors="replace"))
+                if errors and errors[-1] in seen:
+                    return str(errors[-1])
+                seen.update(errors[-1:])
+        return None
 
     def _wait(self, part: Part, log: Path, limit_s: float) -> str:
         own_limit = f"{max(limit_s - MARGIN_S, 0):.0f}"

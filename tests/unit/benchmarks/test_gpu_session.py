@@ -25,7 +25,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from benchmarks.engines.arguments import engine_arguments
 from benchmarks.engines.settings import settings_from
-from benchmarks.gpu import steps
+from benchmarks.gpu import gpu_session, steps
 from vllm_layerskip.measuring.hardware import gpu_info
 from vllm_layerskip.plugin import register
 
@@ -116,6 +116,24 @@ def test_a_part_that_fails_stops_no_other(start, folders):
     with tarfile.open(folders[1] / "logs.tar.gz") as archive:
         assert set(archive.getnames()) == {"logs/bad.log", "logs/good.log"}
     assert (folders[1] / "summary.md").read_text() == "the summary"
+
+
+def test_two_parts_that_lack_one_module_end_the_session(start, folders):
+    lacking = """raise ModuleNotFoundError("No module named 'flashinfer'")"""
+    other = """raise ModuleNotFoundError("No module named 'numba'")"""
+    process = start(
+        f"python('one', 9, {lacking!r})",
+        f"python('two', 9, {other!r})",
+        "python('three', 9, 'print(3)')",
+        f"python('four', 9, {lacking!r})",
+        "python('five', 9, 'print(5)')",
+    )
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "5" not in output.split()
+    assert list(statuses(folders[0]).values()) == [
+        *["failed: exit status 1"] * 2, "ok", "failed: exit status 1",
+        "not begun: two parts ended with ModuleNotFoundError: No module named 'flashinfer'",
+    ]  # fmt: skip
 
 
 def test_a_part_that_hangs_is_killed_with_all_that_it_started(start, folders):
@@ -347,6 +365,21 @@ class TestSteps:
         )  # fmt: skip
         assert process.returncode == 2
         assert message in process.stderr
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_vllm_samples_without_flashinfer_where_that_is_not_installed(
+    installed, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("VLLM_USE_FLASHINFER_SAMPLER", raising=False)
+    for name in ("PYTHONPATH", "HF_HUB_OFFLINE", "VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR",
+                 "TRITON_CACHE_DIR", "VLLM_NO_USAGE_STATS", "TOKENIZERS_PARALLELISM"):  # fmt: skip
+        monkeypatch.setenv(name, os.environ.get(name, "1"))
+    spec = object() if installed else None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    gpu_session.prepare_environment(tmp_path, tiny=False)
+    assert os.environ.get("VLLM_USE_FLASHINFER_SAMPLER") == (None if installed else "0")
+    monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "0")  # Undone with the rest.
 
 
 def test_a_checkout_is_a_plugin_without_being_installed(tmp_path):
