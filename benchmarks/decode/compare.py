@@ -8,6 +8,9 @@
 
 Every cell is in the file as soon as it is measured. ``--resume`` goes on with a file and measures
 what it lacks. A mode that fails leaves its error in the file, and the others run.
+
+``--rounds 3`` runs the whole table three times, A B A B A B, so that a drift of the machine is not
+taken for a difference; the table has medians, and the range of the rounds' speed-ups.
 """
 
 from __future__ import annotations
@@ -24,6 +27,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.decode.processes import (
+    ModeProcess,
+    draft_processes,
+    drafts,
+    in_rounds,
+    mode_processes,
+)
 from benchmarks.decode.summary import baseline_settings, decode_results, describe, rich_table
 from benchmarks.engines.arguments import empty_caches
 from benchmarks.engines.command_line import (
@@ -31,10 +41,11 @@ from benchmarks.engines.command_line import (
     check_output,
     make_parser,
     mistakes_reported,
+    positive_int,
 )
 from benchmarks.engines.modes import MODES, TRANSFORMERS_MODES
 from benchmarks.engines.results import OUT_OF_TIME, Record, add_record, load_records
-from benchmarks.engines.settings import Settings, add_arguments, settings_from
+from benchmarks.engines.settings import add_arguments, settings_from
 from vllm_layerskip.errors import UserError
 from vllm_layerskip.measuring.processes import log_tail, logged_process, reason_of_failure
 from vllm_layerskip.measuring.provenance import COMMAND_VARIABLE, command_line, provenance
@@ -45,30 +56,6 @@ STOP_MARGIN_S = 15.0
 """A mode stops on its own this long before it would be killed."""
 PATIENCE_S = 4.0
 """How long a mode that is killed may clean up."""
-
-
-@dataclass(frozen=True)
-class ModeProcess:
-    """One process of a table: a mode, and the settings with its K."""
-
-    mode: str
-    settings: Settings
-
-    @property
-    def name(self) -> str:
-        return f"{self.mode}-k{self.settings.num_speculative_tokens}"
-
-
-def mode_processes(
-    modes: list[str], settings: Settings, num_drafts: list[int]
-) -> list[ModeProcess]:
-    """The processes of a table: modes without drafts once, the others once for each K."""
-    table = []
-    for mode in modes:
-        drafts = mode not in ("plain", "early-exit", "transformers")
-        for k in num_drafts if drafts else num_drafts[:1]:
-            table.append(ModeProcess(mode, settings.with_num_speculative_tokens(k)))
-    return table
 
 
 @dataclass(frozen=True)
@@ -148,10 +135,10 @@ def _mode_record(one: ModeProcess, status: str, **facts: str) -> Record:
 def records_of(table: Sequence[ModeProcess], records: Iterable[Record]) -> Iterator[Record]:
     """Records of this table, with the baseline that an earlier one left in the file."""
     known = [(one.mode, one.settings.identity()) for one in table]
-    baseline = baseline_settings(table[0].settings.identity())
+    baselines = [baseline_settings(one.settings.identity()) for one in table]
     for record in records:
         is_baseline = (
-            record["mode"] == "plain" and baseline_settings(record["settings"]) == baseline
+            record["mode"] == "plain" and baseline_settings(record["settings"]) in baselines
         )
         if is_baseline or (record["mode"], record["settings"]) in known:
             yield record
@@ -159,7 +146,18 @@ def records_of(table: Sequence[ModeProcess], records: Iterable[Record]) -> Itera
 
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    add_arguments(parser, several_k=True)
+    add_arguments(parser, of_a_table=True)
+    parser.add_argument(
+        "--drafts",
+        nargs="+",
+        type=drafts,
+        metavar="E:K[:KIND[:LENGTH]]",
+        help="Mode layerskip once for each: exit layer or all, number of drafts, draft "
+        "quantization, synthetic acceptance length.",
+    )
+    parser.add_argument(
+        "--rounds", type=positive_int, default=1, help="How often the whole table runs: A B A B."
+    )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(DEFAULT_MODES))
     parser.add_argument("--bandwidth", type=float, help="TB/s of the GPU, for the limits.")
     parser.add_argument("--time-limit", type=float, help="Seconds for the whole table.")
@@ -180,13 +178,40 @@ def table_from(args: argparse.Namespace) -> list[ModeProcess]:
     Raises:
         UserError: options are missing or exclude each other.
     """
-    several = args.num_speculative_tokens
+    several, kinds = args.num_speculative_tokens, args.draft_quantization
     args.num_speculative_tokens = several[0] if several else None
+    args.draft_quantization = kinds[0] if kinds else None
+    if args.drafts:
+        _fill_from_drafts(args)
     settings = settings_from(args)
     if settings.model is None and set(args.modes) & set(TRANSFORMERS_MODES):
         raise UserError("--modes transformers… needs --model: it verifies drafts for real.")
     check_output(args)
-    return mode_processes(args.modes, settings, several or [settings.num_speculative_tokens])
+    if args.drafts:
+        table = draft_processes(args.modes, settings, args.drafts)
+    else:
+        all_k = several or [settings.num_speculative_tokens]
+        table = mode_processes(args.modes, settings, all_k, kinds or [settings.draft_quantization])
+    return in_rounds(table, args.rounds)
+
+
+def _fill_from_drafts(args: argparse.Namespace) -> None:
+    """E and K of the first ``--drafts`` where no preset has them.
+
+    Raises:
+        UserError: options say the same as ``--drafts``.
+    """
+    names = ("exit_layer", "num_speculative_tokens", "draft_quantization")
+    given = [name for name in names if getattr(args, name) is not None]
+    if given:
+        raise UserError(
+            f"--drafts cannot go with --{given[0].replace('_', '-')}, which it says itself. "
+            "Give one of them."
+        )
+    if args.preset is None and not args.tiny:
+        args.exit_layer = args.drafts[0].exit_layer
+        args.num_speculative_tokens = args.drafts[0].num_speculative_tokens
+        args.synthetic_acceptance_length = args.drafts[0].acceptance_length
 
 
 def run_table(table: Sequence[ModeProcess], output: Path, options: RunOptions) -> list[Record]:

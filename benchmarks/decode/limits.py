@@ -18,6 +18,7 @@ from benchmarks.engines.settings import Settings, add_arguments, settings_from
 from vllm_layerskip.errors import UserError
 from vllm_layerskip.measuring.hardware import GPUS
 from vllm_layerskip.measuring.roofline import NUM_BYTES, Decoding, Roofline, scheduled_drafts
+from vllm_layerskip.twins.kinds import NONE
 
 MODES = ("plain", *SYNTHETIC_MODES, "early-exit")
 HEADER = ("prompt", "batch", "plain tok/s", *(f"{mode} x" for mode in MODES[1:]))
@@ -55,6 +56,7 @@ def _decoding(mode: str, settings: Settings, num_drafts: int) -> Decoding:
         num_drafts,
         length or 1.0,
         settings.num_draft_vocab_ids if mode.startswith("layerskip") else None,
+        settings.draft_quantization if mode == "layerskip" else NONE,
     )
 
 

@@ -26,7 +26,7 @@ from benchmarks.engines.arguments import (
     engine_arguments,
     prepare_environment,
 )
-from benchmarks.engines.command_line import make_parser, mistakes_reported
+from benchmarks.engines.command_line import make_parser, mistakes_reported, positive_int
 from benchmarks.engines.facts import (
     kv_capacity_tokens,
     speculation_between,
@@ -171,6 +171,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     add_arguments(parser)
     parser.add_argument("--mode", choices=MODES, required=True)
+    parser.add_argument("--round", type=positive_int, help="Which of a table's rounds this is.")
     parser.add_argument("--time-limit", type=float, help="Seconds; no cell is begun beyond.")
     parser.add_argument("--note", help="A sentence on the setting, kept with every cell.")
     parser.add_argument("--output", type=Path, required=True, help="Result file; it is added to.")

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import math
+import statistics
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from benchmarks.engines.results import Record
 from vllm_layerskip.measuring.hardware import find_gpu
 from vllm_layerskip.measuring.roofline import BYTES_ONLY, Decoding, Roofline, scheduled_drafts
 from vllm_layerskip.measuring.shapes import Shape
+from vllm_layerskip.twins.kinds import NONE
 
 _SPECULATION = (
     "exit_layer",
+    "draft_quantization",
     "num_speculative_tokens",
     "synthetic_acceptance_length",
     "draft_vocab",
@@ -46,6 +49,8 @@ class DecodeResult:
     speedup_limit: float | None = None
     tokens_limit: float | None = None
     reused: str = ""
+    speedups: tuple[float, ...] = ()
+    """One for each round, if there were several; ``speedup`` is their median."""
 
     @property
     def speedup_reached(self) -> float | None:
@@ -65,14 +70,28 @@ class DecodeResult:
         settings = self.record["settings"]
         if self.mode in ("plain", "transformers"):
             return ""
-        parts = [f"E={settings['exit_layer']}"] if self.mode != "ngram" else []
+        parts = [f"E={self._exit_layer}"] if self.mode != "ngram" else []
         if self.mode != "early-exit":
             parts.append(f"K={settings['num_speculative_tokens']}")
+        if self.twin != NONE:
+            parts.append(self.twin)
         if settings["draft_vocab"] and self.mode.startswith("layerskip"):
             parts.append(f"vocab {self.record.get('num_draft_vocab_ids')}")
         if settings["schedule"]:
             parts.append("schedule")
         return " ".join(parts)
+
+    @property
+    def twin(self) -> str:
+        """The kind of the draft twin."""
+        settings = self.record["settings"]
+        return settings.get("draft_quantization", NONE) if self.mode == "layerskip" else NONE
+
+    @property
+    def _exit_layer(self) -> str:
+        layers: int = self.record["settings"]["exit_layer"]
+        shape = self.record.get("model_shape")  # Of an engine that did not start it is not known.
+        return "L" if shape and layers == shape["num_layers"] else str(layers)
 
 
 def model_name(record: Record) -> str:
@@ -92,7 +111,9 @@ def baseline_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def decode_results(records: Iterable[Record], bandwidth: float | None = None) -> list[DecodeResult]:
-    """One result for each record, in the order of prompt length, batch size and measuring.
+    """One result for each cell, in the order of prompt length, batch size and measuring.
+
+    What was measured in several rounds is one result, of medians over the rounds.
 
     Args:
         bandwidth: of the GPU, in TB/s; None takes the datasheet's.
@@ -100,7 +121,39 @@ def decode_results(records: Iterable[Record], bandwidth: float | None = None) ->
     records = list(records)
     plain = {_baseline_key(r): r for r in records if r["mode"] == "plain" and r["status"] == "ok"}
     ordered = sorted(records, key=lambda r: (r.get("prompt_len") or 0, r.get("batch_size") or 0))
-    return [_result(record, plain.get(_baseline_key(record)), bandwidth) for record in ordered]
+    results = (_result(record, plain.get(_baseline_key(record)), bandwidth) for record in ordered)
+    cells: dict[str, list[DecodeResult]] = {}
+    for result in results:
+        cells.setdefault(_cell_of_rounds(result.record), []).append(result)
+    return [_merged(rounds) for rounds in cells.values()]
+
+
+def _cell_of_rounds(record: Record) -> str:
+    settings = {name: value for name, value in record["settings"].items() if name != "round"}
+    cell = record.get("prompt_len"), record.get("batch_size")
+    reason = None if record["status"] == "ok" else (record["status"], record.get("reason"))
+    return repr((record["mode"], settings, gpu_name(record), *cell, reason))
+
+
+def _merged(rounds: Sequence[DecodeResult]) -> DecodeResult:
+    """Medians over the rounds of one cell."""
+    first = rounds[0]
+    if len(rounds) == 1 or first.tokens_per_s is None:
+        return first
+
+    def median(name: str) -> float | None:
+        values = [value for one in rounds if (value := getattr(one, name)) is not None]
+        return statistics.median(values) if values else None
+
+    names = ("tokens_per_s", "step_ms", "acceptance_length", "speedup", "speedup_limit",
+             "tokens_limit")  # fmt: skip
+    runs = [run["tokens_per_s"] for one in rounds for run in one.record["runs"]]
+    return replace(
+        first,
+        **{name: median(name) for name in names},
+        spread=(max(runs) - min(runs)) / statistics.median(runs),
+        speedups=tuple(one.speedup for one in rounds if one.speedup is not None),
+    )
 
 
 def describe(record: Record) -> str:
@@ -135,13 +188,21 @@ def columns(result: DecodeResult) -> list[str]:
         format_figure(result.tokens_per_s, ".1f"),
         format_figure(result.spread, ".1%"),
         format_figure(result.tokens_reached, ".0%"),
-        format_figure(result.speedup, ".2f"),
+        _speedup(result),
         format_figure(result.speedup_limit, ".2f"),
         format_figure(result.speedup_reached, ".0%"),
         format_figure(result.acceptance_length, ".2f"),
         format_figure(result.step_ms, ".3f"),
         result.reused,
     ]
+
+
+def _speedup(result: DecodeResult) -> str:
+    """With several rounds, their median and range; of plain decoding it is 1 in each."""
+    text = format_figure(result.speedup, ".2f")
+    if len(result.speedups) < 2 or result.mode == "plain":
+        return text
+    return f"{text} ({min(result.speedups):.2f} to {max(result.speedups):.2f})"
 
 
 def rich_table(results: Sequence[DecodeResult]) -> Table:
@@ -200,6 +261,7 @@ def _decoding(record: Record) -> Decoding:
         num_speculative_tokens=num_drafts,
         acceptance_length=_tokens_per_step(record),
         draft_vocab=record.get("num_draft_vocab_ids") if mode.startswith("layerskip") else None,
+        draft_quantization=DecodeResult(record).twin,
     )
 
 

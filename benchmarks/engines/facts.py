@@ -58,7 +58,8 @@ def worker_memory(worker: Any) -> dict[str, int]:
     """Bytes of a worker's parts; runs inside it (``LLM.collective_rpc``).
 
     Weights and KV cache are counted by storage, so what two owners share counts once. On a CPU
-    weights are left out: vLLM packs them, and they are no longer parameters of the model.
+    the target's weights are left out: vLLM packs them, and they are no parameters of the model any
+    more. A draft twin counts its own.
     """
     import torch
 
@@ -67,7 +68,11 @@ def worker_memory(worker: Any) -> dict[str, int]:
     facts = {"kv_cache_bytes": sum(_storages(_tensors(runner.kv_caches)).values())}
     draft_state = getattr(speculator, "draft_state", None)  # LayerSkip's speculator has one.
     if draft_state is not None:
-        facts["exit_state_bytes"] = draft_state.exit_states.num_bytes
+        exit_states = draft_state.exit_states  # A draft twin reuses none.
+        facts["exit_state_bytes"] = 0 if exit_states is None else exit_states.num_bytes
+    twin = getattr(speculator, "draft_twin", None)
+    if twin is not None:
+        facts["twin_bytes"] = twin.num_bytes + twin.num_head_bytes
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         target = _storages(runner.model.parameters())

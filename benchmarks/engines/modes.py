@@ -3,7 +3,7 @@
 
 =====================  ========================================================================
 plain                  vLLM without speculation: the baseline
-layerskip              this plugin
+layerskip              this plugin, with or without draft quantization
 layerskip-no-reuse     layerskip, but verification runs the early stage for every token
 draft-model            vLLM's ``draft_model`` with the first E layers as a separate model of the
                        same weights: shows what sharing weights, KV cache and exit states is worth
@@ -23,6 +23,7 @@ from typing import Any
 
 from benchmarks.engines.presets import geometric_rates
 from vllm_layerskip.errors import UserError
+from vllm_layerskip.twins.kinds import NONE
 
 VLLM_MODES = ("plain", "layerskip", "layerskip-no-reuse", "draft-model", "ngram", "early-exit")
 TRANSFORMERS_MODES = ("transformers", "transformers-assistant")
@@ -44,6 +45,8 @@ class Speculation:
     """Synthetic acceptance; None verifies for real."""
     draft_vocab: str | None = None
     """File of token ids for the drafts' LM head."""
+    draft_quantization: str = NONE
+    """What the weights of the layers that draft become."""
     schedule: list[list[int]] | None = None
     """``num_speculative_tokens_per_batch_size`` as vLLM takes it."""
 
@@ -64,17 +67,22 @@ def speculative_config(
     elif mode == "draft-model":
         config |= {"method": "draft_model", "model": str(cut_model)}
     else:
-        config |= {
-            "method": "layerskip",
-            "exit_layer": speculation.exit_layer,
-            "reuse_exit_states": mode == "layerskip",
-        }
-        if speculation.draft_vocab is not None:
-            config["draft_vocab"] = speculation.draft_vocab
+        config |= _layerskip(mode, speculation)
     if speculation.schedule is not None:
         config["num_speculative_tokens_per_batch_size"] = speculation.schedule
     if mode in SYNTHETIC_MODES:
         config |= _synthetic_acceptance(speculation)
+    return config
+
+
+def _layerskip(mode: str, speculation: Speculation) -> dict[str, Any]:
+    config: dict[str, Any] = {"method": "layerskip", "exit_layer": speculation.exit_layer}
+    if speculation.draft_quantization != NONE and mode == "layerskip":
+        config["draft_quantization"] = speculation.draft_quantization  # Which reuses nothing.
+    else:
+        config["reuse_exit_states"] = mode == "layerskip"
+    if speculation.draft_vocab is not None:
+        config["draft_vocab"] = speculation.draft_vocab
     return config
 
 

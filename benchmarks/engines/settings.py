@@ -16,6 +16,10 @@ from vllm_layerskip.commands.arguments import json_object
 from vllm_layerskip.config.draft_vocab import read_draft_vocab
 from vllm_layerskip.errors import UserError
 from vllm_layerskip.measuring.shapes import SHAPES, Shape
+from vllm_layerskip.twins.kinds import CHOICES, NONE
+
+ALL_LAYERS = "all"
+"""``--exit-layer``: every layer drafts, which pays with a draft twin alone."""
 
 
 class DecodeCell(NamedTuple):
@@ -35,6 +39,7 @@ class Settings:
     num_speculative_tokens: int = 0
     synthetic_acceptance_length: float | None = None
     draft_vocab: str | None = None
+    draft_quantization: str = NONE
     schedule: list[list[int]] | None = None
     batch_sizes: list[int] = field(default_factory=lambda: [1, 4, 16, 32])
     prompt_lens: list[int] = field(default_factory=lambda: [128])
@@ -45,6 +50,8 @@ class Settings:
     device: str = "cuda"
     enforce_eager: bool = False
     engine_args: dict[str, Any] = field(default_factory=dict)
+    round: int = 1
+    """Which of a table's rounds; each has an engine of its own for every mode."""
 
     def to_argv(self) -> list[str]:
         """Options that make these settings again."""
@@ -85,6 +92,7 @@ class Settings:
             num_speculative_tokens=self.num_speculative_tokens,
             acceptance_length=self.synthetic_acceptance_length,
             draft_vocab=self.draft_vocab,
+            draft_quantization=self.draft_quantization,
             schedule=self.schedule,
         )
 
@@ -144,29 +152,50 @@ def read_config(model: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def add_arguments(parser: argparse.ArgumentParser, several_k: bool = False) -> None:
+def add_arguments(parser: argparse.ArgumentParser, of_a_table: bool = False) -> None:
     """The options; ``settings_from`` fills in the defaults.
 
     Args:
-        several_k: ``--num-speculative-tokens`` takes several numbers.
+        of_a_table: ``--num-speculative-tokens`` and ``--draft-quantization`` take several values.
     """
-    _add_model_arguments(parser.add_argument_group("model"), several_k)
+    model = parser.add_argument_group("model")
+    _add_model_arguments(model)
+    _add_draft_arguments(model, of_a_table)
     _add_load_arguments(parser.add_argument_group("load"))
     _add_engine_arguments(parser.add_argument_group("engine"))
 
 
-def _add_model_arguments(what: argparse._ArgumentGroup, several_k: bool) -> None:
+def _add_model_arguments(what: argparse._ArgumentGroup) -> None:
     what.add_argument("--preset", choices=sorted(PRESETS), help="Fills shape, E, K, acceptance.")
     what.add_argument("--shape", choices=sorted(SHAPES), help="Sizes, with dummy weights.")
     what.add_argument("--model", help="A checkpoint folder, with its real acceptance.")
-    what.add_argument("--exit-layer", type=int, help="E; default: preset's or checkpoint's.")
     what.add_argument("--synthetic-acceptance-length", type=float)
     what.add_argument("--draft-vocab", help="File of token ids, or a number N: the first N ids.")
     what.add_argument("--schedule", type=_schedule, help="JSON: [[first, last batch size, K], …]")
-    if several_k:
-        what.add_argument("--num-speculative-tokens", nargs="+", type=int, help="K, or several.")
-    else:
-        what.add_argument("--num-speculative-tokens", type=int, help="K")
+
+
+def _add_draft_arguments(what: argparse._ArgumentGroup, of_a_table: bool) -> None:
+    what.add_argument(
+        "--exit-layer",
+        type=exit_layer,
+        metavar="E",
+        help="E; default: preset's or checkpoint's. With draft quantization also: all",
+    )
+    several: dict[str, Any] = {"nargs": "+"} if of_a_table else {}
+    what.add_argument("--num-speculative-tokens", type=int, metavar="K", help="K", **several)
+    what.add_argument(
+        "--draft-quantization",
+        choices=CHOICES,
+        help="Weights of the layers that draft, in mode layerskip.",
+        **several,
+    )
+
+
+def exit_layer(text: str) -> int | str:
+    """The type of ``--exit-layer``."""
+    if text == ALL_LAYERS or (text.isdecimal() and int(text) > 0):
+        return text if text == ALL_LAYERS else int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1, or all")
 
 
 def _schedule(text: str) -> list[list[int]]:
@@ -216,6 +245,9 @@ def settings_from(args: argparse.Namespace) -> Settings:
         raise UserError("--model cannot go with --shape or --preset. Give one of them.")
     values: dict[str, Any] = dict(_REHEARSAL) if args.tiny else {}
     num_drafts = given.pop("num_speculative_tokens", None)
+    every_layer = given.get("exit_layer") == ALL_LAYERS
+    if every_layer:
+        del given["exit_layer"]
     if "model" in given:
         values |= _from_checkpoint(given["model"])
     else:
@@ -226,6 +258,8 @@ def settings_from(args: argparse.Namespace) -> Settings:
             settings = settings.with_num_speculative_tokens(num_drafts)
         settings = replace(settings, num_speculative_tokens=num_drafts)
     settings = replace(settings, **given)
+    if every_layer:
+        settings = replace(settings, exit_layer=settings.model_shape().num_layers)
     if settings.exit_layer < 1 or settings.num_speculative_tokens < 1:
         raise UserError(
             f"--exit-layer={settings.exit_layer} and --num-speculative-tokens="

@@ -3,6 +3,7 @@
 
     python -m benchmarks.gpu.check_graphs --output exact.json
     python -m benchmarks.gpu.check_graphs --dtype bfloat16 --output bf16.json
+    python -m benchmarks.gpu.check_graphs --dtype bfloat16 --draft-quantization int4 --output x.json
 
 Engines follow each other in one process, with FULL decode graphs and without torch.compile: plain
 vLLM, then LayerSkip. Each answers the same prompts, all at once. The check fails if
@@ -16,7 +17,8 @@ Batches of other sizes sum in another order, so two tokens of nearly the same lo
 places, in float32 too. So ``gap`` is measured at the first token that differs: by how much plain
 decoding's log-probability of its token exceeds that of LayerSkip's token. In bfloat16 gaps are
 larger, so LayerSkip without reuse runs as well: its gaps are rounding, since its verification is
-vLLM's own.
+vLLM's own. So is that of a draft twin, which reuses nothing; in float32 a twin has rounded weights
+and exact arithmetic, in bfloat16 vLLM's kernels for its kind.
 
 Meanwhile vLLM looks for waits of the host for the GPU (VLLM_GPU_SYNC_CHECK). Those that plain
 decoding does not have are named, but are no fault: they cost speed.
@@ -50,6 +52,7 @@ from benchmarks.gpu.verdict import ROUNDING, Answers, line_of
 from vllm_layerskip import embedded_checkpoint
 from vllm_layerskip.files.tokenizers import load_tokenizer
 from vllm_layerskip.measuring.provenance import provenance
+from vllm_layerskip.twins.kinds import CHOICES, NONE
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=sorted(ROUNDING), default="float32")
     parser.add_argument("--exit-layer", type=positive_int, default=3, help="E")
     parser.add_argument("--num-speculative-tokens", type=positive_int, default=5, help="K")
+    parser.add_argument("--draft-quantization", choices=CHOICES, default=NONE, help="Draft twin.")
     parser.add_argument("--num-prompts", type=positive_int, default=8)
     parser.add_argument("--max-tokens", type=positive_int, default=64)
     parser.add_argument("--variant", choices=VARIANTS, help="This one engine alone.")
@@ -81,7 +85,8 @@ def main() -> None:
         "speculative_config": check.request,
         "provenance": provenance(),
     }
-    wanted = [AS_SERVED] if args.dtype == "float32" else [AS_SERVED, WITHOUT_REUSE]
+    reuse_may_differ = args.dtype != "float32" and args.draft_quantization == NONE
+    wanted = [AS_SERVED, WITHOUT_REUSE] if reuse_may_differ else [AS_SERVED]
     for variant in [args.variant] if args.variant else wanted:
         _add(result, args.output, _run(check, variant, plain))
     if any(one["problems"] for one in result["checks"]):

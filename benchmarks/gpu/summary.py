@@ -19,7 +19,7 @@ from benchmarks.engines.results import is_result_file, load_records
 from benchmarks.gpu.verdict import describe
 from benchmarks.serve.summary import SERVE_HEADER, is_serve_record, serve_columns
 
-CHECKS = ("exact.json", "bf16.json")
+CHECKS = ("exact.json", "bf16.json", "twins-bf16.json")
 HEADER = (*decode_summary.HEADER, "tok/s limit")
 
 

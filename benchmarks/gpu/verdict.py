@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_layerskip.twins.kinds import NONE
+
 ROUNDING = {"float32": 1e-3, "bfloat16": 0.25}
 """The largest log-probability gap that rounding explains; a wrong draft pass makes 1 or more."""
 LEAST_COMPARED = 0.25
@@ -119,8 +121,10 @@ def line_of(one: dict[str, Any], dtype: str) -> str:
     if "num_answers" not in one:
         return f"{one['variant']}: no answer{problems}"
     replays = ", ".join(f"{kind} {count}" for kind, count in one["num_replays"].items())
+    twin = one.get("draft_quantization", NONE)
+    name = one["variant"] if twin == NONE else f"{one['variant']} {twin}"
     text = (
-        f"{one['variant']}: {one['num_equal']} of {one['num_answers']} answers equal plain "
+        f"{name}: {one['num_equal']} of {one['num_answers']} answers equal plain "
         f"decoding's in {dtype}; acceptance length {one['acceptance_length']:.2f}; verify steps "
         f"reused {one['num_reused']}, full {one['num_full']}; graphs replayed: {replays or 'none'}"
     )

@@ -51,8 +51,19 @@ def _caption(records: Sequence[Record]) -> str:
     drafts = "real acceptance" if is_real else "synthetic acceptance"
     return (
         f"Steady decoding of {settings['output_len']} tokens after {settings['prompts']} prompts, "
-        f"{settings['dtype']}, greedy, {drafts}; median of {settings['repeats']} run(s). Limits: "
+        f"{settings['dtype']}, greedy, {drafts}; median of {settings['repeats']} run(s)"
+        f"{_rounds(records)}. Limits: "
         "the roofline of `vllm_layerskip/measuring/roofline.py`."
+    )
+
+
+def _rounds(records: Sequence[Record]) -> str:
+    num_rounds = max(record["settings"].get("round", 1) for record in records)
+    return (
+        f", medians over {num_rounds} rounds A B A B with engines of their own, and the range of "
+        "the rounds' speed-ups"
+        if num_rounds > 1
+        else ""
     )
 
 
@@ -65,30 +76,36 @@ def _engines(records: Sequence[Record]) -> Iterable[str]:
     """Each engine's start time and memory."""
     header = ("mode", "setting", "start s", "weights GB", "draft weights GB", "KV cache GB",
               "KV cache tokens", "exit states MB", "GPU GB used")  # fmt: skip
-    seen: dict[tuple[str, str], list[str]] = {}
+    seen: dict[tuple[str, str], dict[str, Any]] = {}
     for result in decode_results(records):
         engine = result.record.get("engine")
         if engine is not None and "memory" in engine:
-            seen.setdefault((result.mode, result.setting), _engine_columns(engine))
-    if seen:
-        yield markdown(header, [[*key, *values] for key, values in seen.items()])
+            seen.setdefault((result.mode, result.setting), engine)
+    if not seen:
+        return
+    body = [[*key, *_engine_columns(engine)] for key, engine in seen.items()]
+    twins = [_size(engine["memory"], "twin_bytes", 1e6) for engine in seen.values()]
+    if any(twins):
+        header += ("draft twin MB",)
+        body = [[*columns, twin] for columns, twin in zip(body, twins, strict=True)]
+    yield markdown(header, body)
 
 
 def _engine_columns(engine: dict[str, Any]) -> list[str]:
     memory = engine["memory"]
-
-    def size(name: str, unit: float) -> str:
-        return f"{memory[name] / unit:.2f}" if name in memory else ""
-
     return [
         f"{engine['start_s']:.1f}{' (empty caches)' if engine['fresh_cache'] else ''}",
-        size("weights_bytes", 1e9),
-        size("draft_weights_bytes", 1e9),
-        size("kv_cache_bytes", 1e9),
+        _size(memory, "weights_bytes", 1e9),
+        _size(memory, "draft_weights_bytes", 1e9),
+        _size(memory, "kv_cache_bytes", 1e9),
         str(engine["kv_capacity_tokens"]),
-        size("exit_state_bytes", 1e6),
-        size("gpu_used_bytes", 1e9),
+        _size(memory, "exit_state_bytes", 1e6),
+        _size(memory, "gpu_used_bytes", 1e9),
     ]
+
+
+def _size(memory: dict[str, int], name: str, unit: float) -> str:
+    return f"{memory[name] / unit:.2f}" if name in memory else ""
 
 
 def _source(records: Sequence[Record]) -> str:

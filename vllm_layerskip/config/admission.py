@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_layerskip.config.options import LayerSkipOptions
+from vllm_layerskip.twins.kinds import NONE
 
 _ELSE = "Change it, or use another speculative method."
 
@@ -147,6 +148,33 @@ def check_request(options: LayerSkipOptions, reuse_was_asked_for: bool, engine_a
                 "verification then runs every layer. Leave reuse_exit_states out, or set it to "
                 f"false, or leave {name} out."
             )
+
+
+def check_twin(options: LayerSkipOptions, model_config: Any, engine_args: Any) -> None:
+    """Refuse a draft twin where an engine setting or the checkpoint rules it out.
+
+    Raises:
+        ValueError: names both, and what to do.
+    """
+    if not options.has_twin:
+        return
+    option = (
+        f"draft_quantization={options.draft_quantization!r}"
+        if options.draft_quantization != NONE
+        else f"draft_adapter={options.draft_adapter and options.draft_adapter.path!r}"
+    )
+    if engine_args.enable_lora:
+        raise ValueError(
+            f"speculative_config: {option} cannot go with enable_lora=True: vLLM adds adapters to "
+            "the target's layers, and drafts of other weights would be accepted less with each of "
+            f"them. Set {option.partition('=')[0]} to 'none', or leave LoRA out."
+        )
+    if model_config.quantization is not None:
+        raise ValueError(
+            f"speculative_config: {option} cannot go with a quantised target (quantization="
+            f"{model_config.quantization!r}): a draft twin is made from weights of full width. "
+            f"Set {option.partition('=')[0]} to 'none', or serve the original checkpoint."
+        )
 
 
 def settings_without_reuse(engine_args: Any) -> tuple[str, ...]:

@@ -9,8 +9,9 @@ from typing import Any
 
 from vllm_layerskip.config.early_exit import FLAG as EARLY_EXIT_FLAG
 from vllm_layerskip.config.early_exit import KEY as EARLY_EXIT_KEY
-from vllm_layerskip.config.options import AUTO
+from vllm_layerskip.config.options import ALL, AUTO
 from vllm_layerskip.config.request import METHOD, OWN_KEYS, SELF, with_option
+from vllm_layerskip.twins.kinds import CHOICES
 
 
 def wrap_add_cli_args(original: Callable) -> Callable:
@@ -54,7 +55,24 @@ def _add_own_flags(group: argparse._ArgumentGroup) -> None:
         type=exit_layer_argument,
         default=None,
         help="Number of layers that draft, from 1 to the model's layers - 1, or 'auto' "
-        "(the default) to read it from the checkpoint's config.json.",
+        "(the default) to read it from the checkpoint's config.json. With --draft-quantization "
+        "also 'all'.",
+    )
+    group.add_argument(
+        "--draft-quantization",
+        choices=(AUTO, *CHOICES),
+        default=None,
+        help="Let the layers that draft have weights of fewer bits, made when the model is loaded; "
+        "output stays the model's. 'none' for the model's own weights; 'auto' (the default) for "
+        "what the checkpoint's config.json says.",
+    )
+    group.add_argument(
+        "--draft-adapter",
+        metavar="FOLDER",
+        default=None,
+        help="A LoRA adapter (a folder of peft, as 'vllm-layerskip train' makes it) for the layers "
+        "that draft; output stays the model's. 'none', or 'auto' (the default) for the folder that "
+        "the checkpoint's config.json names, if it names one.",
     )
     group.add_argument(
         "--reuse-exit-states",
@@ -84,15 +102,15 @@ def exit_layer_argument(text: str) -> int | str:
     """The type of ``--exit-layer``, for argparse.
 
     Raises:
-        ArgumentTypeError: neither an integer nor ``auto``.
+        ArgumentTypeError: neither an integer nor ``auto`` nor ``all``.
     """
-    if text == AUTO:
-        return AUTO
+    if text in (AUTO, ALL):
+        return text
     try:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"exit_layer={text!r} must be an integer or 'auto'."
+            f"exit_layer={text!r} must be an integer, 'auto' or 'all'."
         ) from None
 
 

@@ -20,7 +20,12 @@ from vllm.logger import init_logger
 from vllm.transformers_utils.repo_utils import get_hf_file_bytes
 
 from vllm_layerskip import __version__
-from vllm_layerskip.config.admission import check_engine, check_request, settings_without_reuse
+from vllm_layerskip.config.admission import (
+    check_engine,
+    check_request,
+    check_twin,
+    settings_without_reuse,
+)
 from vllm_layerskip.config.draft_vocab import (
     REMEDY,
     DraftVocab,
@@ -30,14 +35,16 @@ from vllm_layerskip.config.draft_vocab import (
 from vllm_layerskip.config.known_checkpoints import find_known_checkpoint
 from vllm_layerskip.config.options import (
     CONFIG_BLOCK,
-    DraftVocabFile,
     LayerSkipOptions,
+    OptionPath,
     resolve_options,
 )
 from vllm_layerskip.config.select_model import select_model
 from vllm_layerskip.config.weight_files import check_weight_files
 from vllm_layerskip.cpu.triton_interpreter import interpret_mode
 from vllm_layerskip.host.environment import DRAFT_GRAPHS, flag
+from vllm_layerskip.twins.adapter import DraftAdapter, read_draft_adapter
+from vllm_layerskip.twins.kinds import GROUP_SIZES, NONE
 
 logger = init_logger("vllm.layerskip.config")
 
@@ -49,11 +56,15 @@ class LayerSkipConfig(SpeculativeConfig):
     architecture: str = ""
     """Name of our model class in vLLM's registry; empty keeps the target's class."""
     exit_layer: int = 0
-    """E: number of layers that draft, 1 <= E < L."""
+    """E: number of layers that draft, 1 <= E < L, or L with ``draft_quantization``."""
     reuse_exit_states: bool = True
     """Whether verification starts from the drafts' exit states where the batch allows."""
     draft_vocab: DraftVocab | None = None
     """The token ids that may be drafted; None for all."""
+    draft_quantization: str = NONE
+    """What the weights of the layers that draft are rounded to (``twins.kinds.CHOICES``)."""
+    draft_adapter: DraftAdapter | None = None
+    """The adapter that is merged into the layers that draft."""
 
     def __post_init__(self) -> None:
         # vLLM's own __post_init__ would load a second model config from `model`.
@@ -75,13 +86,21 @@ class LayerSkipConfig(SpeculativeConfig):
         """Drafting starts at the sampled token's own position: no extra query slot."""
         return 0
 
+    @property
+    def has_twin(self) -> bool:
+        """Whether drafts have weights of their own: a twin of the layers that draft."""
+        return self.draft_quantization != NONE or self.draft_adapter is not None
+
     def compute_hash(self) -> str:
-        """Hash vLLM's factors and those of ours that may change the two compiled stages.
+        """Hash vLLM's factors and those of ours that may change the compiled stages.
 
         ``reuse_exit_states`` and ``draft_vocab`` are left out. They change only what runs around
         the stages, so engines that differ only in them share what they compiled.
         """
-        own = (self.exit_layer, self.num_speculative_tokens)
+        own: tuple[object, ...] = (self.exit_layer, self.num_speculative_tokens)
+        if self.has_twin:
+            digest = self.draft_adapter and self.draft_adapter.digest
+            own += (self.draft_quantization, GROUP_SIZES, digest)
         return f"{super().compute_hash()}-layerskip-{__version__}-{own}"
 
     def __repr__(self) -> str:
@@ -90,8 +109,17 @@ class LayerSkipConfig(SpeculativeConfig):
             f"LayerSkipConfig(exit_layer={self.exit_layer}, "
             f"num_speculative_tokens={self.num_speculative_tokens}, "
             f"reuse_exit_states={self.reuse_exit_states}, "
+            f"{self._twin_repr()}"
             f"draft_vocab={num_draft_ids and f'{num_draft_ids} token ids'})"
         )
+
+    def _twin_repr(self) -> str:
+        parts = []
+        if self.draft_quantization != NONE:
+            parts.append(f"draft_quantization={self.draft_quantization!r}, ")
+        if self.draft_adapter is not None:
+            parts.append(f"draft_adapter={str(self.draft_adapter.path)!r}, ")
+        return "".join(parts)
 
 
 def build_config(
@@ -114,6 +142,7 @@ def build_config(
     flag(DRAFT_GRAPHS, default=True)  # Raises before weights are loaded.
     options = _resolve(request, target_model_config)
     check_request(options, bool(request.get("reuse_exit_states")), engine_args)
+    check_twin(options, target_model_config, engine_args)
     without_reuse = settings_without_reuse(engine_args)
     if without_reuse:
         logger.info_once(
@@ -127,6 +156,8 @@ def build_config(
         num_speculative_tokens=options.num_speculative_tokens,
         reuse_exit_states=options.reuse_exit_states and not without_reuse,
         draft_vocab=_read_draft_vocab(options.draft_vocab, target_model_config),
+        draft_quantization=options.draft_quantization,
+        draft_adapter=_read_draft_adapter(options, target_model_config),
         **options.vllm_options,
     )
 
@@ -149,7 +180,31 @@ def _resolve(request: Mapping[str, Any], model_config: Any) -> LayerSkipOptions:
     return options
 
 
-def _read_draft_vocab(file: DraftVocabFile | None, model_config: Any) -> DraftVocab | None:
+def _read_draft_adapter(options: LayerSkipOptions, model_config: Any) -> DraftAdapter | None:
+    named, folder = options.draft_adapter, Path(model_config.model)
+    if named is None:
+        return None
+    path = Path(named.path).expanduser()
+    if named.in_checkpoint:
+        if not folder.is_dir():
+            raise ValueError(
+                f"{named.source}: the adapter lies in a checkpoint of the model hub. Download the "
+                f"checkpoint ({model_config.model!r}) and serve its folder, or set "
+                "draft_adapter='none' (--draft-adapter none)."
+            )
+        path = folder / named.path
+    return read_draft_adapter(
+        path,
+        named.source,
+        hf_config=model_config.hf_config,
+        base_name=model_config.model,
+        base_folder=folder if folder.is_dir() else None,
+        num_layers=model_config.get_total_num_hidden_layers(),
+        exit_layer=options.exit_layer,
+    )
+
+
+def _read_draft_vocab(file: OptionPath | None, model_config: Any) -> DraftVocab | None:
     if file is None:
         return None
     vocab_size = model_config.get_vocab_size()

@@ -14,9 +14,11 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from vllm_layerskip.config.request import OWN_KEYS, named
+from vllm_layerskip.twins.kinds import CHOICES, KINDS, NONE
 
 AUTO = "auto"
-NONE = "none"
+ALL = "all"
+"""For ``exit_layer``: every layer drafts, as a twin."""
 
 SCHEDULE = "num_speculative_tokens_per_batch_size"
 """vLLM's key for K by batch size: ``[first batch size, last batch size, K]``, ascending."""
@@ -40,8 +42,15 @@ CONFIG_BLOCK = "layerskip"
 
 _REQUEST = "speculative_config"
 _BLOCK = f"config.json, '{CONFIG_BLOCK}' block"
-_MAY_BE_AUTO = frozenset({"draft_vocab", "exit_layer", "num_speculative_tokens"})
+_MAY_BE_AUTO = frozenset(
+    {"draft_adapter", "draft_quantization", "draft_vocab", "exit_layer", "num_speculative_tokens"}
+)
 
+_WITHOUT_TRAINING = (
+    "A model that was not trained for early exit drafts with all its layers in fewer bits: set "
+    "exit_layer='all', draft_quantization='int4' and num_speculative_tokens=4 (--exit-layer all "
+    "--draft-quantization int4 --num-speculative-tokens 4). "
+)
 _SET_BLOCK = (
     'or add {"layerskip": {"exit_layer": E, "num_speculative_tokens": K}} to the '
     "checkpoint's config.json (with `vllm serve`: "
@@ -50,36 +59,47 @@ _SET_BLOCK = (
 
 
 @dataclass(frozen=True)
-class DraftVocabFile:
-    """Where the draft vocabulary's token ids are."""
+class OptionPath:
+    """A file or folder that an option names."""
 
     path: str
     in_checkpoint: bool
     """Whether ``path`` is relative to the checkpoint's folder or to the working directory."""
+    option: str = "draft_vocab"
 
     @property
     def source(self) -> str:
-        """The option that named the file, for messages."""
+        """The option that named it, for messages."""
         where = _BLOCK if self.in_checkpoint else _REQUEST
-        return f"{where}: draft_vocab={self.path!r}"
+        return f"{where}: {self.option}={self.path!r}"
 
 
 @dataclass(frozen=True)
 class LayerSkipOptions:
     """A checked request.
 
-    ``exit_layer`` E is the number of layers that draft, ``1 <= E < L``;
-    ``num_speculative_tokens`` K is the number of drafted tokens a step, ``K >= 1``.
+    ``exit_layer`` E is the number of layers that draft, ``1 <= E < L``, or L with
+    ``draft_quantization``; ``num_speculative_tokens`` K is the number of drafted tokens a step,
+    ``K >= 1``.
     """
 
     exit_layer: int
     num_speculative_tokens: int
     reuse_exit_states: bool
-    draft_vocab: DraftVocabFile | None
+    draft_vocab: OptionPath | None
     """None: drafts come from the whole vocabulary."""
+    draft_quantization: str
+    """What the weights of the layers that draft are rounded to: one of ``twins.kinds.CHOICES``."""
+    draft_adapter: OptionPath | None
+    """The folder of a LoRA adapter for the layers that draft."""
     vllm_options: Mapping[str, Any]
     from_checkpoint: tuple[str, ...] = ()
     """Which of ``exit_layer`` and ``num_speculative_tokens`` the checkpoint's block decided."""
+
+    @property
+    def has_twin(self) -> bool:
+        """Whether drafts have weights of their own."""
+        return self.draft_quantization != NONE or self.draft_adapter is not None
 
 
 def resolve_options(
@@ -103,14 +123,17 @@ def resolve_options(
             f"Valid keys are {', '.join(sorted(VALID_KEYS))}. Remove the others."
         )
     request, block = _without_auto(request), _checked_block(config_block)
-    reuse = request.get("reuse_exit_states", True)
-    if not isinstance(reuse, bool):
-        raise ValueError(f"speculative_config: reuse_exit_states={reuse!r} must be true or false.")
+    quantization, source = _resolve_draft_quantization(request, block)
+    draft_adapter = _resolve_path("draft_adapter", "the folder of a LoRA adapter", request, block)
+    if draft_adapter is not None:
+        source = draft_adapter.source
     return LayerSkipOptions(
-        exit_layer=_resolve_exit_layer(request, num_layers, block),
+        exit_layer=_resolve_exit_layer(request, num_layers, block, quantization),
         num_speculative_tokens=_resolve_num_speculative_tokens(request, block),
-        reuse_exit_states=reuse,
-        draft_vocab=_resolve_draft_vocab(request, block),
+        reuse_exit_states=_resolve_reuse(request, source),
+        draft_vocab=_resolve_path("draft_vocab", "the path of a file of token ids", request, block),
+        draft_quantization=quantization,
+        draft_adapter=draft_adapter,
         vllm_options={key: request[key] for key in sorted(VLLM_KEYS & request.keys())}
         | _schedule_of_checkpoint(request, block),
         from_checkpoint=tuple(
@@ -139,16 +162,54 @@ def _checked_block(block: object) -> Mapping[str, Any]:
     return block
 
 
+def _resolve_draft_quantization(
+    request: Mapping[str, Any], block: Mapping[str, Any]
+) -> tuple[str, str | None]:
+    """The kind of numbers, and the option that asks for a twin; None if none does."""
+    key = "draft_quantization"
+    where = _REQUEST if key in request else _BLOCK
+    value = request.get(key, block.get(key))
+    if value is None or value == NONE:
+        return NONE, None
+    if value not in CHOICES:
+        or_auto = f", or {AUTO!r} for the checkpoint's" if key in request else ""
+        raise ValueError(
+            f"{where}: {key}={value!r} must be one of {', '.join(map(repr, CHOICES))}{or_auto}. "
+            f"Correct it, or leave it out (--draft-quantization {NONE})."
+        )
+    return value, f"{where}: {key}={value!r}"
+
+
+def _resolve_reuse(request: Mapping[str, Any], twin_source: str | None) -> bool:
+    """Whether exit states may be reused; with a twin they may not."""
+    reuse = request.get("reuse_exit_states", True)
+    if not isinstance(reuse, bool):
+        raise ValueError(f"speculative_config: reuse_exit_states={reuse!r} must be true or false.")
+    if twin_source is None:
+        return reuse
+    if reuse and "reuse_exit_states" in request:
+        raise ValueError(
+            f"speculative_config: reuse_exit_states=True cannot go with {twin_source}: drafts then "
+            "have weights of their own, so their exit states are not the target's, and "
+            "verification must run every layer. Leave reuse_exit_states out."
+        )
+    return False
+
+
 def _resolve_exit_layer(
-    request: Mapping[str, Any], num_layers: int, block: Mapping[str, Any]
+    request: Mapping[str, Any], num_layers: int, block: Mapping[str, Any], quantization: str
 ) -> int:
+    may_be_all = quantization != NONE
     if num_layers < 2:
         raise ValueError(
             "LayerSkip drafts with a model's first layers and verifies with the rest; exit_layer="
             f"{request.get('exit_layer', AUTO)!r} has no valid value for a model of {num_layers} "
             "layer(s). Use another speculative method."
         )
-    valid = f"an integer from 1 to {num_layers - 1} (the model has {num_layers} layers)"
+    largest = num_layers if may_be_all else num_layers - 1
+    valid = f"an integer from 1 to {largest} (the model has {num_layers} layers)"
+    if may_be_all:
+        valid += f", {ALL!r} for every layer"
     if "exit_layer" in request:
         value, source, valid = request["exit_layer"], _REQUEST, f"{valid} or 'auto'"
     elif "exit_layer" in block:
@@ -157,9 +218,19 @@ def _resolve_exit_layer(
         raise ValueError(
             "speculative_config: exit_layer='auto' needs the checkpoint to name its exit "
             f"layer, and its config.json has no '{CONFIG_BLOCK}' block with exit_layer. "
-            f"Set exit_layer (--exit-layer) to {valid}, " + _SET_BLOCK
+            + _WITHOUT_TRAINING
+            + f"Or set exit_layer (--exit-layer) to {valid}, "
+            + _SET_BLOCK
         )
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < num_layers:
+    if value in (ALL, num_layers) and not may_be_all:
+        raise ValueError(
+            f"{source}: exit_layer={value!r} must be {valid}. All layers can draft only with other "
+            f"weights: set draft_quantization (--draft-quantization) to one of "
+            f"{', '.join(map(repr, KINDS))}."
+        )
+    if value == ALL:
+        return num_layers
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
         raise ValueError(f"{source}: exit_layer={value!r} must be {valid}.")
     return value
 
@@ -228,23 +299,24 @@ def checked_schedule(value: object, source: str) -> list[tuple[int, int, int]]:
     return schedule
 
 
-def _resolve_draft_vocab(
-    request: Mapping[str, Any], block: Mapping[str, Any]
-) -> DraftVocabFile | None:
-    if "draft_vocab" not in request:
-        return _draft_vocab_of_checkpoint(block.get("draft_vocab"))
-    value = request["draft_vocab"]
+def _resolve_path(
+    option: str, what: str, request: Mapping[str, Any], block: Mapping[str, Any]
+) -> OptionPath | None:
+    """The file or folder that ``option`` names; None for none."""
+    if option not in request:
+        return _path_of_checkpoint(option, block.get(option))
+    value = request[option]
     if value == NONE:
         return None
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise ValueError(
-            f"{_REQUEST}: draft_vocab={value!r} must be the path of a file of token ids, "
-            f"'{AUTO}' (the checkpoint's, if it names one) or '{NONE}' (the whole vocabulary)."
+            f"{_REQUEST}: {option}={value!r} must be {what}, "
+            f"'{AUTO}' (the checkpoint's, if it names one) or '{NONE}'."
         )
-    return DraftVocabFile(os.fspath(value), in_checkpoint=False)
+    return OptionPath(os.fspath(value), in_checkpoint=False, option=option)
 
 
-def _draft_vocab_of_checkpoint(value: object) -> DraftVocabFile | None:
+def _path_of_checkpoint(option: str, value: object) -> OptionPath | None:
     if value is None:
         return None
     if (
@@ -253,9 +325,9 @@ def _draft_vocab_of_checkpoint(value: object) -> DraftVocabFile | None:
         or PurePosixPath(value).is_absolute()
         or ".." in PurePosixPath(value).parts
     ):
+        flag = f"--{option.replace('_', '-')}"
         raise ValueError(
-            f"{_BLOCK}: draft_vocab={value!r} must be the path of a "
-            "file inside the checkpoint's folder, relative to it. Correct it, or set "
-            f"draft_vocab='{NONE}' (--draft-vocab {NONE})."
+            f"{_BLOCK}: {option}={value!r} must be a path inside the checkpoint's folder, relative "
+            f"to it. Correct it, or set {option}='{NONE}' ({flag} {NONE})."
         )
-    return DraftVocabFile(value, in_checkpoint=True)
+    return OptionPath(value, in_checkpoint=True, option=option)

@@ -14,7 +14,9 @@ from typing import Any
 METHOD = "layerskip"
 SELF = "[self]"
 
-OWN_KEYS = frozenset({"draft_vocab", "exit_layer", "reuse_exit_states"})
+OWN_KEYS = frozenset(
+    {"draft_adapter", "draft_quantization", "draft_vocab", "exit_layer", "reuse_exit_states"}
+)
 """Keys that vLLM does not know."""
 
 

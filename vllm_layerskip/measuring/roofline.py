@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fastest that a decoding step can be: what it must move and compute, over the GPU's peaks.
 
-A stage of n layers over T tokens of B requests, with c tokens a request in the KV cache and w
-bytes a value, takes at least
+A stage of n layers over T tokens of B requests, with c tokens a request in the KV cache, w bytes a
+weight and v bytes a value of K/V, takes at least
 
-    max( (n * layer + head + B * c * n * kv) * w / bandwidth,
+    max( ((n * layer + head) * w + B * c * n * kv * v) / bandwidth,
          (2 * T * (n * layer + head) + 4 * T * c * n * heads * head_dim) / flops )
 
 where layer, head and kv are the values of one layer's matrices, of the LM head (if the stage
@@ -14,11 +14,14 @@ ends in it) and of one token's keys and values in one layer. A step is the sum o
     layerskip           K drafts of E layers, T = B; verify: E layers with T = B (reuse) or
                         B * (K + 1) (no reuse), L - E layers with T = B * (K + 1)
     draft-model         K drafts of E layers, T = B; verify: L layers with T = B * (K + 1)
+    layerskip, twin     K drafts of E layers and head in the twin's weights, T = B; verify: L layers
+                        with T = B * (K + 1), since exit states are not reused
     ngram               verify alone
 
 and yields *acceptance length* tokens a request. Activations, norms, sampling, the embedding's
 few rows and KV writes are left out, so it is a bound. At batch 1 the bytes decide, and the bound
-of LayerSkip's speed-up is that of docs/design.md: A * full / (K * (early + head) + full).
+of LayerSkip's speed-up is that of docs/design.md: A * full / (K * (early + head) + full), or
+A / (1 + K * c) with c = draft bytes / full bytes.
 """
 
 from __future__ import annotations
@@ -29,11 +32,26 @@ from dataclasses import dataclass
 
 from vllm_layerskip.measuring.hardware import Gpu
 from vllm_layerskip.measuring.shapes import Shape
+from vllm_layerskip.twins.kinds import FP8, GROUP_SIZES, INT4, INT8, KINDS, NONE
 
 BYTES_ONLY = Gpu(bandwidth=1.0, flops=math.inf)
 """For ratios by bytes alone, where the GPU is unknown."""
 
 NUM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+_SCALE_BITS, _ZERO_POINT_BITS = 16, 4
+"""Of each group of int4 weights."""
+
+_PEAK_OVER_BFLOAT16 = {INT8: 2.0, FP8: 2.0}
+"""Matrix units multiply 8-bit values twice as fast; int4 weights become bfloat16 first."""
+
+
+def twin_bytes(kind: str) -> float:
+    """Bytes a weight of a draft twin; one scale for each output (int8, fp8) is left out."""
+    bits: float = KINDS[kind].bits
+    if kind == INT4:
+        bits += (_SCALE_BITS + _ZERO_POINT_BITS) / GROUP_SIZES[0]
+    return bits / 8
 
 
 @dataclass(frozen=True)
@@ -45,6 +63,12 @@ class Decoding:
     num_speculative_tokens: int = 0
     acceptance_length: float = 1.0
     draft_vocab: int | None = None
+    draft_quantization: str = NONE
+    """The kind of a draft twin."""
+
+    @property
+    def reuses_exit_states(self) -> bool:
+        return self.mode == "layerskip" and self.draft_quantization == NONE
 
     @property
     def drafts_with_layers(self) -> bool:
@@ -60,16 +84,28 @@ class Roofline:
     dtype: str = "bfloat16"
 
     def stage_s(
-        self, num_layers: int, head_weights: int, num_tokens: int, batch_size: int, context: float
+        self,
+        num_layers: int,
+        head_weights: int,
+        num_tokens: int,
+        batch_size: int,
+        context: float,
+        twin: str = NONE,
     ) -> float:
-        """Seconds of one pass through ``num_layers`` layers, and through a head if it has one."""
+        """Seconds of one pass through ``num_layers`` layers, and through a head if it has one.
+
+        Args:
+            twin: kind of the weights; ``none`` for the target's own.
+        """
         shape, width = self.shape, NUM_BYTES[self.dtype]
+        weight_width = width if twin == NONE else twin_bytes(twin)
+        peak = _PEAK_OVER_BFLOAT16.get(twin, 1.0)
         weights = num_layers * shape.layer_weights + head_weights
         kv_values = batch_size * context * num_layers * shape.kv_values_per_layer
         attention = 4 * context * num_layers * shape.num_heads * shape.head_dim
         return max(
-            (weights + kv_values) * width / self.gpu.bandwidth,
-            num_tokens * (2 * weights + attention) / self.gpu.flops,
+            (weights * weight_width + kv_values * width) / self.gpu.bandwidth,
+            num_tokens * (2 * weights + attention) / (self.gpu.flops * peak),
         )
 
     def step_s(self, decoding: Decoding, batch_size: int, context: float) -> float:
@@ -83,8 +119,10 @@ class Roofline:
             return self.stage_s(shape.num_layers, shape.head_weights, num_verified, *batch)
         draft_vocab = decoding.draft_vocab or shape.vocab_size
         draft_head = shape.hidden_size * draft_vocab
-        draft_s = num_drafts * self.stage_s(exit_layer, draft_head, batch_size, *batch)
-        num_early = batch_size if decoding.mode == "layerskip" else num_verified
+        draft_s = num_drafts * self.stage_s(
+            exit_layer, draft_head, batch_size, *batch, twin=decoding.draft_quantization
+        )
+        num_early = batch_size if decoding.reuses_exit_states else num_verified
         early_s = self.stage_s(exit_layer, 0, num_early, *batch)
         num_late_layers = shape.num_layers - exit_layer
         return (

@@ -33,6 +33,7 @@ from vllm_layerskip.config.layerskip_config import LayerSkipConfig
 from vllm_layerskip.config.weight_files import missing_weights
 from vllm_layerskip.models.exit_head import ExitHead
 from vllm_layerskip.worker.draft_state import DraftState
+from vllm_layerskip.worker.draft_twin import DraftTwin
 from vllm_layerskip.worker.model_state import LayerSkipModelState
 from vllm_layerskip.worker.verify_plan import VerifyPlan, current_verify_plan
 
@@ -92,11 +93,11 @@ _T = {0: "b"}
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": _T, "positions": _T, "inputs_embeds": _T})
 class EarlyStage(nn.Module):
-    """Embedding and layers 0..E-1."""
+    """Embedding and layers 0..E-1, the target's or a twin's."""
 
-    def __init__(self, *, vllm_config: VllmConfig, model: Any, exit_layer: int) -> None:
+    def __init__(self, *, vllm_config: VllmConfig, model: Any, layers: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(model.model.layers[:exit_layer])
+        self.layers = nn.ModuleList(layers)
         self._embed_input_ids = model.model.embed_input_ids
         self._scale_embeds, self._run_layer = model.scale_embeds, model.run_layer
 
@@ -121,9 +122,9 @@ class EarlyStage(nn.Module):
 class LateStage(nn.Module):
     """Layers E..L-1 and the final norm."""
 
-    def __init__(self, *, vllm_config: VllmConfig, model: Any, exit_layer: int) -> None:
+    def __init__(self, *, vllm_config: VllmConfig, model: Any, layers: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(model.model.layers[exit_layer:])
+        self.layers = nn.ModuleList(layers)
         self._run_layer, self._final_norm = model.run_layer, model.final_norm
 
     def forward(
@@ -154,14 +155,11 @@ class LayerSkipForCausalLM(ExitHead, Decoder, nn.Module):
                 "(vLLM logged which). Remove the setting that V2 does not support."
             )
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+        self._add_missing_head()
         self.exit_layer = config.exit_layer
         self.draft_state = DraftState(vllm_config, self)
-        parts = {"vllm_config": vllm_config, "model": self, "exit_layer": self.exit_layer}
-        with set_model_tag("layerskip_early"):
-            early_stage = EarlyStage(**parts)
-        with set_model_tag("layerskip_late"):
-            late_stage = LateStage(**parts)
-        self._stages = (early_stage, late_stage)
+        self.draft_twin = DraftTwin(self, vllm_config) if config.has_twin else None
+        self._stages = self._make_stages(vllm_config)
         self._late_stage_inputs = _late_stage_inputs(vllm_config)
         self._takes_embeds = vllm_config.model_config.enable_prompt_embeds
         # After dummy weights, a load may bring only a part of the weights.
@@ -169,6 +167,25 @@ class LayerSkipForCausalLM(ExitHead, Decoder, nn.Module):
             vllm_config.load_config.load_format != "dummy"
             and vllm_config.model_config.quantization is None
         )
+
+    def _add_missing_head(self) -> None:
+        """For families that name their LM head otherwise (``EmbeddingHead``)."""
+
+    def _make_stages(self, vllm_config: VllmConfig) -> tuple[nn.Module, ...]:
+        """The compiled units: both stages of the target, or the twin's early stage alone.
+
+        With a twin, nothing is reused, so the target runs as vLLM's own model does.
+        """
+        parts = {"vllm_config": vllm_config, "model": self}
+        if self.draft_twin is not None:
+            with set_model_tag("layerskip_twin"):
+                return (EarlyStage(**parts, layers=self.draft_twin.layers),)
+        layers = self.model.layers
+        with set_model_tag("layerskip_early"):
+            early_stage = EarlyStage(**parts, layers=layers[: self.exit_layer])
+        with set_model_tag("layerskip_late"):
+            late_stage = LateStage(**parts, layers=layers[self.exit_layer :])
+        return early_stage, late_stage
 
     def modules(self, *args: Any, **kwargs: Any) -> Iterator[nn.Module]:
         """The modules of the tree, and the stages beside it.
@@ -239,6 +256,8 @@ class LayerSkipForCausalLM(ExitHead, Decoder, nn.Module):
         ``worker/model_state.py`` decides whether there is a plan; ``worker/verify_plan.py`` carries
         it here.
         """
+        if self.draft_twin is not None:
+            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
         plan = current_verify_plan()
         if plan is None:
             hidden_states, residual = self.run_early_stage(input_ids, positions, inputs_embeds)
@@ -288,9 +307,10 @@ class EmbeddingHead(nn.Module):
     """Mixin before ``LayerSkipForCausalLM`` for a model that has no LM head of its own and
     uses its embedding as one."""
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
-        # The embedding under the name that a draft vocabulary's head replaces.
+    model: Any
+
+    def _add_missing_head(self) -> None:
+        # The embedding under the name that a draft's own head replaces.
         self.lm_head = self.model.embed_tokens
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:

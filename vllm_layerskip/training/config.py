@@ -17,9 +17,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from vllm_layerskip.errors import UserError, one_line
+from vllm_layerskip.training.drafts.recipe import DraftRecipe
 from vllm_layerskip.training.recipe import Recipe
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+AnyRecipe = Recipe | DraftRecipe
+_TARGETS: dict[str, type[Recipe] | type[DraftRecipe]] = {"whole": Recipe, "frozen": DraftRecipe}
+"""Classes of the section ``recipe`` by its key ``target``: what is trained."""
 Section = TypeVar("Section")
 
 
@@ -157,16 +161,45 @@ class TrainConfig:
     model: ModelConfig
     data: DataConfig
     output: OutputConfig
-    recipe: Recipe = field(default_factory=Recipe)
+    recipe: AnyRecipe = field(default_factory=Recipe)
     training: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of transformers.TrainingArguments."""
     lora: Mapping[str, Any] | None = None
-    """Arguments of peft.LoraConfig; None: all weights are trained."""
+    """Arguments of peft.LoraConfig; None: all weights are trained, or a draft adapter has the
+    defaults."""
 
     def __post_init__(self) -> None:
         for name, remedy in _NOT_FOR_TRAINING.items():
             if name in self.training:
                 raise UserError(f"training.{name} is not a key here. {remedy}")
+        if isinstance(self.recipe, DraftRecipe):
+            self._check_for_drafts()
+
+    def _check_for_drafts(self) -> None:
+        """Refuse keys of other sections that mean nothing where a draft adapter is trained."""
+        if self.model.path is None:
+            raise UserError(
+                "model.path is missing: recipe.target='frozen' trains an adapter for a checkpoint. "
+                "Name it, or set recipe.target to 'whole' for a model from scratch."
+            )
+        if self.model.attn_implementation not in (None, "sdpa", "eager"):
+            raise UserError(
+                f"model.attn_implementation={self.model.attn_implementation!r} must be one of "
+                "'sdpa', 'eager' where recipe.target is 'frozen': drafts attend by a mask that "
+                "others do not take. Leave it out."
+            )
+        for name in ("exit_layer", "num_speculative_tokens"):
+            if getattr(self.output, name) is not None:
+                raise UserError(
+                    f"output.{name} goes into a checkpoint's config.json, and recipe.target="
+                    f"'frozen' makes an adapter. Use recipe.{name}."
+                )
+        for name in self.lora or ():
+            if name not in _DRAFT_LORA:
+                raise UserError(
+                    f"lora.{name} must be one of {', '.join(_DRAFT_LORA)} where recipe.target is "
+                    "'frozen': serving merges plain LoRA into layers 0..E-1. Leave it out."
+                )
 
     @classmethod
     def from_yaml(cls, path: Path) -> TrainConfig:
@@ -226,6 +259,9 @@ class TrainConfig:
         return _plain(self)
 
 
+_DRAFT_LORA = ("lora_alpha", "lora_dropout", "r", "target_modules", "use_rslora")
+"""Keys of the section ``lora`` for a draft adapter: what a merge of ``scaling * B @ A`` covers."""
+
 _NOT_FOR_TRAINING = {
     "output_dir": "Use output.run_folder and output.folder.",
     "resume_from_checkpoint": "Use --resume.",
@@ -259,6 +295,30 @@ def _build(cls: type[Section], values: Any, key: str) -> Section:
         raise UserError(f"{key}.{error}") from None
 
 
+def _build_recipe(values: Any, key: str) -> AnyRecipe:
+    """The section ``recipe``, of the class that its ``target`` says."""
+    if not isinstance(values, Mapping):
+        return _build(Recipe, values, key)
+    target = values.get("target", "whole")
+    if not isinstance(target, str) or target not in _TARGETS:
+        raise UserError(
+            f"{key}.target={target!r} must be one of {', '.join(map(repr, _TARGETS))}: all of the "
+            "model is trained, or an adapter for the drafts of a frozen one."
+        )
+    fields = {
+        name: {item.name for item in dataclasses.fields(cls)} for name, cls in _TARGETS.items()
+    }
+    for name in values:
+        for other in fields:
+            if other != target and name in fields[other] - fields[target] - {"target"}:
+                raise UserError(
+                    f"{key}.{name} belongs to {key}.target={other!r}, and the target is "
+                    f"{target!r}. Leave {name} out, or set the target."
+                )
+    own = {name: value for name, value in values.items() if name != "target"}
+    return _build(_TARGETS[target], own, key)  # type: ignore[type-var]
+
+
 def _is_required(item: dataclasses.Field[Any]) -> bool:
     missing = dataclasses.MISSING
     return item.default is missing and item.default_factory is missing
@@ -285,6 +345,8 @@ def _join(key: str, name: object) -> str:
 
 def _coerce(value: Any, hint: Any, key: str) -> Any:
     """Convert a value to the type of its field; YAML 1.1 reads 3e-4 as text."""
+    if hint == AnyRecipe:
+        return value if isinstance(value, AnyRecipe) else _build_recipe(value, key)
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in options:

@@ -57,6 +57,38 @@ def exit_cross_entropy(
     return total
 
 
+def shifted_labels(labels: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """``[B * T]``: the token that each position is to predict, or ``IGNORED``.
+
+    Args:
+        kwargs: of the loss function; whoever cuts sequences over ranks shifts labels before.
+    """
+    shifted = kwargs.get("shift_labels")
+    if shifted is None:
+        shifted = F.pad(labels[..., 1:], (0, 1), value=IGNORED)
+    return shifted.flatten()
+
+
+def counted_positions(targets: torch.Tensor) -> torch.Tensor:
+    """``[N]``, which of ``targets [B * T]`` count."""
+    return (targets != IGNORED).nonzero().squeeze(1)
+
+
+@contextmanager
+def replaced_loss(model: nn.Module, loss: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Within this block ``loss`` is the ``loss_function`` of a model of transformers."""
+    had_own = "_loss_function" in vars(model)
+    own = model.loss_function
+    model.loss_function = loss
+    try:
+        yield
+    finally:
+        if had_own:
+            model.loss_function = own
+        else:
+            del model._loss_function
+
+
 class ExitMeter:
     """Cross entropy of each exit, summed over the tokens since ``read`` was last called."""
 
@@ -122,16 +154,13 @@ class ExitLoss:
         Raises:
             RuntimeError: the model was run without computing a loss by its ``loss_function``.
         """
-        had_own = "_loss_function" in vars(self.model)
-        self.model.loss_function = self._loss
         try:
-            with around_layers(self.model, self._around):
+            with (
+                replaced_loss(self.model, self._loss),
+                around_layers(self.model, self._around),
+            ):
                 yield
         finally:
-            if had_own:
-                self.model.loss_function = self._own_loss
-            else:
-                del self.model._loss_function
             self.states.clear()
         if not self.num_calls:
             raise RuntimeError(
@@ -171,17 +200,13 @@ class ExitLoss:
             num_items_in_batch=num_items_in_batch,
             **kwargs,
         )
-        shifted = kwargs.get("shift_labels")
-        if shifted is None:
-            shifted = F.pad(labels[..., 1:], (0, 1), value=IGNORED)
-        targets = shifted.flatten().to(logits.device)
-        is_counted = targets != IGNORED
-        num_tokens = is_counted.sum()
+        targets = shifted_labels(labels, kwargs).to(logits.device)
+        num_tokens = (targets != IGNORED).sum()
         normaliser = num_tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         self.meter.add(self.last, own * normaliser, num_tokens)
         if not self.states:
             return own
-        positions = is_counted.nonzero().squeeze(1)
+        positions = counted_positions(targets)
         loss = self.weights[self.last] * own
         for layer, state in self.states.items():
             total = exit_cross_entropy(self.model, state, targets, positions)

@@ -22,8 +22,7 @@ from vllm_layerskip.errors import UserError, first_line, one_line
 from vllm_layerskip.evaluation.exits import check_decoder
 from vllm_layerskip.files import tokenizers
 from vllm_layerskip.files.unreadable import unreadable
-from vllm_layerskip.training.config import ModelConfig, OutputConfig, check_keys
-from vllm_layerskip.training.recipe import Recipe
+from vllm_layerskip.training.config import AnyRecipe, ModelConfig, OutputConfig, check_keys
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -89,7 +88,7 @@ def _new_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pretr
 
 def check_model(
     config: PretrainedConfig,
-    recipe: Recipe,
+    recipe: AnyRecipe,
     output: OutputConfig,
     tokenizer: PreTrainedTokenizerBase,
     seq_len: int,

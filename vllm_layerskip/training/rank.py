@@ -17,8 +17,14 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from vllm_layerskip.errors import UserError, one_line
 from vllm_layerskip.training.arguments import make_arguments
-from vllm_layerskip.training.config import TrainConfig
+from vllm_layerskip.training.atomic_saves import AtomicSaves
+from vllm_layerskip.training.config import AnyRecipe, TrainConfig
 from vllm_layerskip.training.data import Collator, load_samples
+from vllm_layerskip.training.drafts.lora import check_draft_model
+from vllm_layerskip.training.drafts.recipe import DraftRecipe
+from vllm_layerskip.training.drafts.run import describe, make_draft_trainer, write_draft
+from vllm_layerskip.training.drafts.scores import hold_out
+from vllm_layerskip.training.drafts.trainer import DraftTrainer
 from vllm_layerskip.training.model import (
     add_lora,
     check_model,
@@ -36,7 +42,7 @@ def train_here(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    prepare: Callable[[LayerSkipTrainer], Any] = lambda trainer: trainer,
+    prepare: Callable[[AtomicSaves], Any] = lambda trainer: trainer,
 ) -> Path:
     """Train in this process, beside the other ranks that the environment says there are.
 
@@ -109,9 +115,11 @@ class _CheckedRun:
     model_config: PretrainedConfig
 
     def load_data(self) -> tuple[Dataset, Dataset | None]:
-        """Samples to train and, if there are any, to evaluate on."""
+        """Samples to train and, if there are any, to evaluate or score on."""
         data = self.config.data
         train_data = load_samples(data.train, data, self.tokenizer, "data.train")
+        if data.eval is None and isinstance(self.config.recipe, DraftRecipe):
+            return hold_out(train_data, "data.train")
         if data.eval is None:
             return train_data, None
         return train_data, load_samples(data.eval, data, self.tokenizer, "data.eval")
@@ -120,30 +128,36 @@ class _CheckedRun:
         facts = run_facts(self.config, self.args, num_ranks)
         start_run(self.config.output.resolved_run_folder, facts, resume)
 
-    def make_trainer(self, train_data: Dataset, eval_data: Dataset | None) -> LayerSkipTrainer:
+    def make_trainer(
+        self, train_data: Dataset, eval_data: Dataset | None
+    ) -> LayerSkipTrainer | DraftTrainer:
         """The trainer with the model and its weights."""
         config, tokenizer = self.config, self.tokenizer
         transformers.set_seed(self.args.seed)  # For new weights, adapters' too.
         model = load_model(config.model, self.model_config)
+        pad = tokenizer.pad_token_id
+        arguments = {
+            "args": self.args,
+            "train_dataset": train_data,
+            "eval_dataset": eval_data,
+            "data_collator": Collator(tokenizer.eos_token_id if pad is None else pad),
+            "processing_class": tokenizer,
+        }
+        if isinstance(config.recipe, DraftRecipe):
+            return make_draft_trainer(config, config.recipe, model, **arguments)
         model.config.layerskip = layerskip_block(
             config.recipe, config.output.exit_layer, config.output.num_speculative_tokens
         )
         if config.lora is not None:
             model = add_lora(model, config.lora)
-        pad = tokenizer.pad_token_id
-        return LayerSkipTrainer(
-            model=model,
-            args=self.args,
-            train_dataset=train_data,
-            eval_dataset=eval_data,
-            data_collator=Collator(tokenizer.eos_token_id if pad is None else pad),
-            processing_class=tokenizer,
-            recipe=config.recipe,
-        )
+        return LayerSkipTrainer(model=model, recipe=config.recipe, **arguments)
 
-    def write_checkpoint(self, trainer: LayerSkipTrainer) -> None:
+    def write_checkpoint(self, trainer: LayerSkipTrainer | DraftTrainer) -> None:
         """Write what was trained, on rank 0; all ranks must call this and return together."""
         config = self.config
+        if isinstance(trainer, DraftTrainer):
+            write_draft(config, trainer)
+            return
         state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         if trainer.is_world_process_zero():
             write_checkpoint(
@@ -171,21 +185,32 @@ def _check(config: TrainConfig) -> _CheckedRun:
         config.data.seq_len,
         config.model.path is None,
     )
+    if isinstance(config.recipe, DraftRecipe):
+        check_draft_model(model_config, config.recipe, config.lora)
     return _CheckedRun(config, args, tokenizer, model_config)
 
 
 def _summary(
-    config: TrainConfig, trainer: LayerSkipTrainer, num_samples: int, checkpoint: str | None
+    config: TrainConfig,
+    trainer: LayerSkipTrainer | DraftTrainer,
+    num_samples: int,
+    checkpoint: str | None,
 ) -> str:
-    args, recipe = trainer.args, config.recipe
-    curriculum = (
-        f"rotational, R = {recipe.rotation}" if recipe.curriculum == "rotational" else "gradual"
-    )
+    args = trainer.args
     start = f"resuming from {checkpoint}" if checkpoint else "starting"
     return (
         f"LayerSkip training of {type(trainer.causal_lm).__name__}, {trainer.num_layers} layers: "
-        f"p_max {recipe.max_layer_dropout}, e_scale {recipe.exit_loss_scale}, {curriculum}; "
+        f"{_described(config.recipe)}; "
         f"{num_samples} samples of up to {config.data.seq_len} tokens, "
         f"{args.train_batch_size * args.gradient_accumulation_steps * args.world_size} a step on "
         f"{args.world_size} process(es); {start}."
     )
+
+
+def _described(recipe: AnyRecipe) -> str:
+    if isinstance(recipe, DraftRecipe):
+        return describe(recipe)
+    curriculum = (
+        f"rotational, R = {recipe.rotation}" if recipe.curriculum == "rotational" else "gradual"
+    )
+    return f"p_max {recipe.max_layer_dropout}, e_scale {recipe.exit_loss_scale}, {curriculum}"

@@ -10,9 +10,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from vllm_layerskip.errors import UserError
+from vllm_layerskip.training.atomic_saves import AtomicSaves
 from vllm_layerskip.training.config import TrainConfig
 from vllm_layerskip.training.rank import check_run, train_here
-from vllm_layerskip.training.trainer import LayerSkipTrainer
 
 
 def train_with_ray(
@@ -60,7 +60,7 @@ def train_with_ray(
 def _train_on_worker(arguments: dict[str, Any]) -> None:
     from ray.train.huggingface.transformers import prepare_trainer
 
-    def prepare(trainer: LayerSkipTrainer) -> None:
+    def prepare(trainer: AtomicSaves) -> None:
         trainer.add_callback(_Report())
         prepare_trainer(trainer)
 

@@ -9,14 +9,14 @@ With tensor parallelism the D rows are spread over the ranks anew. Frequent toke
 so most of them lie on the first rank's shard of the model's head; a head sliced shard by shard
 would leave the other ranks with nothing to do.
 
-Every tensor is allocated once and written in place: a captured CUDA graph may hold it.
+Every tensor is allocated once and written in place: a captured CUDA graph may hold it. With a
+draft twin the rows are rounded to the twin's kind, and the full-width ones are dropped.
 
 Shapes: R rows, S request slots, H hidden size, V vocabulary, D draft vocabulary.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -24,14 +24,15 @@ import torch
 from torch import nn
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.logger import init_logger
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     DEFAULT_VOCAB_PADDING_SIZE,
     ParallelLMHead,
-    UnquantizedEmbeddingMethod,
 )
 
 from vllm_layerskip.config.draft_vocab import DraftVocab
+from vllm_layerskip.twins.kinds import NONE
+from vllm_layerskip.worker.lm_heads import require_plain_head, with_head
+from vllm_layerskip.worker.twin_linear import twin_of_head
 
 logger = init_logger("vllm.layerskip.draft_head")
 
@@ -46,15 +47,22 @@ class DraftHead:
         draft_vocab: the ids of the D rows.
         draft_logits: ``[S, K, V]``, the speculator's cache of the logits that drafts were
             sampled from; None if drafts are argmaxes: ``compute_logits`` is not called then.
+        exit_model: what drafts end in, if that is not ``model`` (a twin's exit norm).
+        kind: of numbers that the rows are rounded to.
 
     Raises:
         ValueError: the LM head is no plain matrix.
     """
 
     def __init__(
-        self, model: nn.Module, draft_vocab: DraftVocab, draft_logits: torch.Tensor | None
+        self,
+        model: nn.Module,
+        draft_vocab: DraftVocab,
+        draft_logits: torch.Tensor | None,
+        exit_model: nn.Module | None = None,
+        kind: str = NONE,
     ) -> None:
-        _require_plain_head(model.lm_head, draft_vocab)
+        require_plain_head(model.lm_head, draft_vocab.source)
         self._model = model
         self._draft_vocab = draft_vocab
         device = model.lm_head.weight.device
@@ -65,7 +73,9 @@ class DraftHead:
         model.register_buffer("layerskip_draft_token_ids", self.token_ids, persistent=False)
         with device:
             self.lm_head = _empty_head(model.lm_head, len(draft_vocab))
-        self._sliced_model = _with_head(model, self.lm_head)
+            self._twin = None if kind == NONE else twin_of_head(self.lm_head, kind)
+        head = self.lm_head if self._twin is None else self._twin.module
+        self._sliced_model = with_head(exit_model or model, head)
         # [S, V]; outside of the draft vocabulary -inf: a probability of 0.
         self._full_logits = None if draft_logits is None else torch.empty_like(draft_logits[:, 0])
         self._num_weight_changes = -1
@@ -83,7 +93,8 @@ class DraftHead:
     def num_bytes(self) -> int:
         """Extra memory on this rank."""
         own = (*self.lm_head.parameters(), self.token_ids, self._full_logits)
-        return sum(tensor.nbytes for tensor in own if tensor is not None)
+        num_twin_bytes = 0 if self._twin is None else self._twin.method.num_bytes
+        return num_twin_bytes + sum(tensor.nbytes for tensor in own if tensor is not None)
 
     def refresh(self) -> None:
         """Copy the rows again if the model's weights may have changed since.
@@ -99,9 +110,22 @@ class DraftHead:
         self.token_ids.copy_(torch.tensor(self._draft_vocab.token_ids))
         if self._full_logits is not None:
             self._full_logits.fill_(-float("inf"))
-        if _copy_rows(self._model.lm_head, self.lm_head, self.token_ids) or is_first:
+        if self._twin is not None:
+            self._make_twin()
+        elif _copy_rows(self._model.lm_head, self.lm_head, self.token_ids) or is_first:
             # The platform's hook; on a CPU it packs the weight for the kernels, which takes long.
             self.lm_head.quant_method.process_weights_after_loading(self.lm_head)
+
+    def _make_twin(self) -> None:
+        """Copy the rows, round them, and drop them."""
+        assert self._twin is not None
+        for parameter in self.lm_head.parameters():
+            shape = (self._twin.shape[0], *parameter.shape[1:])
+            parameter.data = parameter.new_empty(shape)
+        _copy_rows(self._model.lm_head, self.lm_head, self.token_ids)
+        self._twin.make()
+        for parameter in self.lm_head.parameters():
+            parameter.data = parameter.new_empty(0, *parameter.shape[1:])
 
     def compute_logits(
         self,
@@ -121,18 +145,6 @@ class DraftHead:
         return self.token_ids[self._sliced_model.get_top_tokens(hidden_states)]
 
 
-def _require_plain_head(lm_head: Any, draft_vocab: DraftVocab) -> None:
-    plain = isinstance(
-        lm_head.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod
-    ) and lm_head.weight.shape == (lm_head.num_embeddings_per_partition, lm_head.embedding_dim)
-    if not plain:
-        raise ValueError(
-            f"{draft_vocab.source} needs the rows of the LM head, and this model keeps it in the "
-            f"format of {type(lm_head.quant_method).__name__}. Set draft_vocab='none' "
-            "(--draft-vocab none), or use a checkpoint whose LM head is not quantised."
-        )
-
-
 def _empty_head(lm_head: Any, num_rows: int) -> ParallelLMHead:
     """A head of ``num_rows`` rows, split over ``lm_head``'s ranks."""
     return ParallelLMHead(
@@ -143,19 +155,6 @@ def _empty_head(lm_head: Any, num_rows: int) -> ParallelLMHead:
         padding_size=math.lcm(DEFAULT_VOCAB_PADDING_SIZE, lm_head.tp_size),
         disable_tp=lm_head.disable_tp,
     )
-
-
-def _with_head(model: nn.Module, lm_head: ParallelLMHead) -> nn.Module:
-    """``model`` with another LM head; it shares the code, the other modules and the weights."""
-    logits_processor = copy.copy(model.logits_processor)
-    logits_processor.vocab_size = logits_processor.org_vocab_size = lm_head.org_vocab_size
-    view = copy.copy(model)
-    view._modules = {
-        **model._modules,
-        "lm_head": lm_head,
-        "logits_processor": logits_processor,
-    }
-    return view
 
 
 @torch.no_grad()

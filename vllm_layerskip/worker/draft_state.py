@@ -26,7 +26,8 @@ class DraftState:
         max_num_reqs = vllm_config.scheduler_config.max_num_seqs
         self.exit_states = ExitStates(
             max_num_reqs,
-            config.num_speculative_tokens,
+            # Without reuse nobody reads them.
+            config.num_speculative_tokens if config.reuse_exit_states else 0,
             model_config.get_hidden_size(),
             model_config.dtype,
             # Not the default device: weights may be loaded on another one.

@@ -80,6 +80,11 @@ class LayerSkipSpeculator(DraftModelSpeculator):
         attn_layer_names = set(get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase))
         self.model = self.load_draft_model(target_model, attn_layer_names)
         self._validate_local_argmax_reduction()
+        self.draft_twin = self.model.draft_twin
+        self.exit_model = self.model
+        if self.draft_twin is not None:
+            self.draft_twin.after_load()
+            self.exit_model = self.draft_twin.exit_model
         self.draft_head = self._make_draft_head()
         self._log_start()
 
@@ -103,13 +108,14 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             return None
         # DraftHead maps the argmax to token ids; only a sampled draft needs logits.
         self.use_local_argmax_reduction = self.draft_logits is None
-        return DraftHead(self.model, draft_vocab, self.draft_logits)
+        kind = self.speculative_config.draft_quantization
+        return DraftHead(self.model, draft_vocab, self.draft_logits, self.exit_model, kind)
 
     def compute_draft_logits(self, hidden_states: torch.Tensor, spec_step_idx: int) -> torch.Tensor:
-        return (self.draft_head or self.model).compute_logits(hidden_states)
+        return (self.draft_head or self.exit_model).compute_logits(hidden_states)
 
     def get_draft_top_tokens(self, hidden_states: torch.Tensor, spec_step_idx: int) -> torch.Tensor:
-        return (self.draft_head or self.model).get_top_tokens(hidden_states)
+        return (self.draft_head or self.exit_model).get_top_tokens(hidden_states)
 
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
@@ -209,6 +215,8 @@ class LayerSkipSpeculator(DraftModelSpeculator):
 
         if self.draft_head is not None:
             self.draft_head.refresh()
+        if self.draft_twin is not None:
+            self.draft_twin.refresh()
         if self.draft_state.lora_rows is not None:
             self.draft_state.lora_rows.map_drafts(input_batch, dummy_run)
         max_seq_len = int(input_batch.seq_lens_cpu_upper_bound[:num_reqs].max())
@@ -336,9 +344,10 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             hidden_states, residual = self.model.run_early_stage(
                 self.input_buffers.input_ids[:num_reqs], positions
             )
-        self.draft_state.exit_states.store(step, idx_mapping, hidden_states, residual)
+        if self.speculative_config.reuse_exit_states:
+            self.draft_state.exit_states.store(step, idx_mapping, hidden_states, residual)
         sampled = self.sample_draft(
-            self.model.exit_norm(hidden_states, residual),
+            self.exit_model.exit_norm(hidden_states, residual),
             positions,
             idx_mapping,
             self.temperature,

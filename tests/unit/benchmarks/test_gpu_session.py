@@ -23,8 +23,8 @@ import psutil
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 
+from benchmarks.decode.compare import table_from
 from benchmarks.engines.arguments import engine_arguments
-from benchmarks.engines.settings import settings_from
 from benchmarks.gpu import gpu_session, steps
 from vllm_layerskip.measuring.hardware import gpu_info
 from vllm_layerskip.plugin import register
@@ -319,14 +319,12 @@ class TestSteps:
                 assert bool(args.packages) != make.tiny
             if Path(path).name != "compare.py" or args.model:
                 continue
-            args.num_speculative_tokens = None
-            settings = settings_from(args)
-            for mode in args.modes:
-                folder = make.results / name / mode
-                engine = engine_arguments(settings, mode, folder, fixed_batches=True)
+            for one in table_from(args):
+                folder = make.results / name / one.name
+                engine = engine_arguments(one.settings, one.mode, folder, fixed_batches=True)
                 register()
                 config = EngineArgs(**engine).create_engine_config()
-                assert (config.speculative_config is None) == (mode == "plain")
+                assert (config.speculative_config is None) == (one.mode == "plain")
 
     def test_first_brings_what_matters_in_order(self, tmp_path):
         parts = steps.first(steps.PartMaker(tmp_path, False, None))
@@ -337,7 +335,7 @@ class TestSteps:
     @pytest.mark.parametrize(
         ("arguments", "variables", "message"),
         [
-            (["nonsense"], {}, "no step is called nonsense. Steps: first bf16 7b k 8b"),
+            (["nonsense"], {}, "no step is called nonsense. Steps: first bf16 twins 7b k 8b"),
             (["serve"], {"SEES_A_GPU": "1", "QUESTIONS": ""}, "set the variable QUESTIONS"),
             (["first"], {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET is set"),
             (["first"], {}, "there is no NVIDIA GPU. Add --tiny"),

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.pages import write_results
+from benchmarks.decode.summary import decode_results
+from benchmarks.engines.results import load_records
+from benchmarks.pages import write_gpu, write_results
 from benchmarks.pages.figures import draw_figures
 from benchmarks.pages.tables import with_tables
 from benchmarks.prompts.records import load
@@ -19,9 +21,41 @@ ROOT = Path(__file__).parents[3]
 FILES = sorted(write_results.PROMPTS.glob("*.json"))
 
 
-def test_the_pages_tables_are_the_commands():
-    page = write_results.PAGE.read_text(encoding="utf-8")
-    assert with_tables(page, write_results.TABLES) == page
+@pytest.mark.parametrize("module", [write_results, write_gpu], ids=lambda module: module.__name__)
+def test_the_pages_tables_are_the_commands(module):
+    page = module.PAGE.read_text(encoding="utf-8")
+    assert with_tables(page, module.TABLES) == page
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/gpu.md", "docs/benchmarks.md"])
+def test_what_pages_say_of_the_first_gpu_run_is_in_its_files(name):
+    page = (ROOT / name).read_text(encoding="utf-8")
+    records = decode_results(load_records(write_gpu.FIRST_RUN / "first-7b.json"))
+    found = {(one.mode, one.record["batch_size"]): one for one in records}
+    for mode in ("plain", "layerskip"):
+        assert f"{found[mode, 1].tokens_per_s:.1f}" in page
+    for batch_size in (1, 32):
+        assert f"{found['layerskip', batch_size].speedup:.2f}" in page
+    if name == "docs/gpu.md":  # The demo's table too.
+        demo = (write_gpu.FIRST_RUN / "demo.txt").read_text(encoding="utf-8")
+        for line in demo.splitlines():
+            cells = [cell.strip() for cell in line.split("│")]
+            if len(cells) > 3:
+                module, equal, length, speeds = cells[1], cells[2], cells[3], cells[6:8]
+                row = [module.rstrip("…").removesuffix(".py"), equal.lower(), length, *speeds]
+                assert f"| {' | '.join(row)} |" in page
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(write_gpu.RESULTS.rglob("*.*")),
+    ids=lambda path: f"{path.parent.name}/{path.name}",
+)
+def test_a_gpus_files_name_no_place_of_its_machine(path):
+    text = path.read_text(encoding="utf-8")
+    assert "/tmp/" not in text
+    assert "/home/" not in text
+    assert "pid=" not in text
 
 
 def test_the_figures_are_the_commands(tmp_path):

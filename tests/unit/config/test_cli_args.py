@@ -139,8 +139,8 @@ def test_an_option_given_both_ways_is_an_error(parse, flag, config):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (("--exit-layer", "x"), ("--exit-layer", "'x'", "an integer or 'auto'")),
-        (("--exit-layer", "2.5"), ("--exit-layer", "'2.5'", "an integer or 'auto'")),
+        (("--exit-layer", "x"), ("--exit-layer", "'x'", "an integer, 'auto' or 'all'")),
+        (("--exit-layer", "2.5"), ("--exit-layer", "'2.5'", "an integer, 'auto' or 'all'")),
         (("--num-speculative-tokens", "many"), ("--num-speculative-tokens", "'many'")),
         (("--spec-method", "layer_skip"), ("--spec-method", "'layer_skip'", "layerskip")),
     ],

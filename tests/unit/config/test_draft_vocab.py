@@ -17,7 +17,7 @@ from vllm_layerskip.config.draft_vocab import (
     read_draft_vocab,
     write_token_ids,
 )
-from vllm_layerskip.config.options import DraftVocabFile, resolve_options
+from vllm_layerskip.config.options import OptionPath, resolve_options
 
 VOCAB_SIZE = 128  # As in conftest.py's checkpoint.
 REQUEST = {"method": "layerskip", "exit_layer": 2, "num_speculative_tokens": 3}
@@ -122,7 +122,7 @@ def test_what_is_written_can_be_read_and_replaces_the_old_file_whole(tmp_path, m
     assert [file.name for file in tmp_path.iterdir()] == ["ids.json"], "something was left behind"
 
 
-GOOD_FILE, BLOCK_FILE = DraftVocabFile("a.json", False), DraftVocabFile("b.json", True)
+GOOD_FILE, BLOCK_FILE = OptionPath("a.json", False), OptionPath("b.json", True)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters on the layers that draft: peft's LoRA on linear layers of layers 0..E-1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from vllm_layerskip.errors import UserError
+from vllm_layerskip.training.drafts.recipe import DraftRecipe
+from vllm_layerskip.training.model import add_lora, build_empty
+
+DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32}
+
+
+def check_draft_model(
+    config: PretrainedConfig, recipe: DraftRecipe, lora: Mapping[str, Any] | None
+) -> None:
+    """Refuse a model or a section ``lora`` of which no draft adapter can be made.
+
+    Raises:
+        UserError: it names the key.
+    """
+    model = build_empty(config)
+    for layer in model.model.layers[: recipe.exit_layer]:
+        if not hasattr(layer, "self_attn"):
+            raise UserError(
+                f"recipe.target='frozen': {type(layer).__name__} has no self_attn, so drafts "
+                "cannot be shown the K/V of the model itself. Use a dense decoder such as "
+                "LlamaForCausalLM or Qwen3ForCausalLM."
+            )
+    add_draft_lora(model, recipe, lora)
+
+
+def add_draft_lora(
+    model: nn.Module, recipe: DraftRecipe, lora: Mapping[str, Any] | None
+) -> nn.Module:
+    """Freeze the model and add adapters to layers 0..E-1, and a norm if the recipe asks for it.
+
+    Raises:
+        UserError: a value is none of ``peft.LoraConfig``, or names no linear layer.
+    """
+    settings = {**DEFAULTS, **(lora or {})}
+    names = _linear_names(model.model.layers[: recipe.exit_layer])  # type: ignore[index,union-attr]
+    given = settings.get("target_modules", "all-linear")
+    settings["target_modules"] = names if given == "all-linear" else _checked(given, names)
+    settings["layers_to_transform"] = list(range(recipe.exit_layer))
+    settings["layers_pattern"] = "layers"
+    if recipe.final_norm:
+        settings["modules_to_save"] = ["model.norm"]  # peft takes the ends of names.
+    return add_lora(model, settings)
+
+
+def _linear_names(layers: nn.Module) -> list[str]:
+    """Names of linear layers, as their parents call them: ``q_proj``."""
+    return sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in layers.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+    )
+
+
+def _checked(given: Any, names: list[str]) -> list[str]:
+    wanted = given if isinstance(given, list | tuple) else [given]
+    unknown = [name for name in wanted if name not in names]
+    if unknown or not wanted:
+        raise UserError(
+            f"lora.target_modules={given!r} must name linear layers of the model's layers: "
+            f"{', '.join(names)}. Leave target_modules out for all of them."
+        )
+    return list(wanted)
