@@ -96,7 +96,8 @@ def _measure_command(
     one: ModeProcess, output: Path, time_left: float | None, note: str | None
 ) -> list[str]:
     command = [sys.executable, *MEASURE, "--mode", one.mode]
-    command += [*one.settings.to_argv(), "--output", str(output)]
+    command += [*one.settings.to_argv(), "--round", str(one.settings.round)]
+    command += ["--output", str(output)]
     if time_left is not None:
         command += ["--time-limit", str(time_left - STOP_MARGIN_S)]
     return command if note is None else [*command, "--note", note]

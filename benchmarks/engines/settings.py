@@ -54,11 +54,11 @@ class Settings:
     """Which of a table's rounds; each has an engine of its own for every mode."""
 
     def to_argv(self) -> list[str]:
-        """Options that make these settings again."""
+        """Options that make these settings again; ``--round`` is not one of every program."""
         argv: list[str] = []
         for option in fields(self):
             value, flag = getattr(self, option.name), f"--{option.name.replace('_', '-')}"
-            if value is None or value is False or value == {}:
+            if value is None or value is False or value == {} or option.name == "round":
                 continue
             if value is True:
                 argv.append(flag)

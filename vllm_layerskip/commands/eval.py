@@ -4,7 +4,8 @@
 For each exit: perplexity, next-token accuracy, and agreement with the last layer (the share of
 tokens at which both have the same argmax: the share of greedy drafts that verification would
 accept after this text). --compare scores a second checkpoint too, such as one that was trained
-without LayerSkip.
+without LayerSkip. --draft-quantization and --draft-adapter score the checkpoint's draft twin
+beside it: layers and LM head with other weights, and agreement with the checkpoint's last layer.
 
 Protocol: documents are joined to one stream of tokens, an end-of-sequence token after each, and
 cut into windows of --seq-len tokens. Each token counts once. Perplexity is exp of the mean
@@ -28,7 +29,9 @@ from vllm_layerskip.evaluation.settings import (
     Dtype,
     EvalSettings,
     TextSettings,
+    TwinSettings,
 )
+from vllm_layerskip.twins.kinds import CHOICES, NONE
 
 if TYPE_CHECKING:
     from vllm_layerskip.evaluation.report import Result
@@ -63,6 +66,16 @@ def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="NAME",
         help="Names of the checkpoints in table and plot. Default: their folders' names.",
+    )
+    parser.add_argument(
+        "--draft-quantization",
+        choices=CHOICES,
+        help="Score the draft twin, too, with weights rounded to such numbers. Default: none.",
+    )
+    parser.add_argument(
+        "--draft-adapter",
+        metavar="PATH",
+        help="Score the draft twin, too, with the adapter in this folder merged.",
     )
 
 
@@ -147,6 +160,7 @@ def _settings(args: argparse.Namespace) -> EvalSettings:
     return EvalSettings(
         model=args.model,
         compare=args.compare,
+        twin=_twin(args.draft_quantization or NONE, args.draft_adapter),
         labels=None if args.labels is None else tuple(args.labels),
         text=TextSettings(
             sources=tuple(args.data or ()),
@@ -164,6 +178,12 @@ def _settings(args: argparse.Namespace) -> EvalSettings:
     )
 
 
+def _twin(draft_quantization: str, draft_adapter: str | None) -> TwinSettings | None:
+    if draft_quantization == NONE and draft_adapter is None:
+        return None
+    return TwinSettings(draft_quantization, draft_adapter)
+
+
 def _check_outputs(args: argparse.Namespace) -> None:
     """Refuse outputs that cannot be written, before minutes of work are spent."""
     for option in ("json", "markdown", "plot"):
@@ -177,7 +197,10 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 
 def _refuse_with_from_json(args: argparse.Namespace) -> None:
-    for option in ("compare", "labels", "data", "seq_len", "stride", "max_tokens"):
+    for option in (
+        "compare", "labels", "draft_quantization", "draft_adapter", "data", "seq_len", "stride",
+        "max_tokens",
+    ):  # fmt: skip
         if getattr(args, option) is not None:
             flag = "--" + option.replace("_", "-")
             raise UserError(f"{flag} and --from-json exclude each other: nothing is measured.")

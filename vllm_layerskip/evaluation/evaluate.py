@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Sequence
 from typing import Any
@@ -22,14 +23,17 @@ from vllm_layerskip.evaluation.data import (
     read_documents,
 )
 from vllm_layerskip.evaluation.report import KIND, Result
-from vllm_layerskip.evaluation.scores import score_exits
+from vllm_layerskip.evaluation.scores import ExitScore, Target, score_exits
 from vllm_layerskip.evaluation.settings import (
     DEFAULT_SEQ_LEN,
     BeginOfSequence,
     Checkpoint,
     EvalSettings,
+    TwinSettings,
 )
+from vllm_layerskip.evaluation.twin import check_twin, make_twin
 from vllm_layerskip.files.tokenizers import load_tokenizer
+from vllm_layerskip.twins.adapter import DraftAdapter
 
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 """Largest relative difference between the last exit's logits and the model's."""
@@ -44,6 +48,8 @@ def evaluate(settings: EvalSettings) -> Result:
     device = _device(settings.device)
     checkpoints, text = settings.checkpoints, settings.text
     configs = [load_config(c.name, c.option, settings.trust_remote_code) for c in checkpoints]
+    twin = settings.twin
+    adapter = None if twin is None else check_twin(twin, checkpoints[0], configs[0])
     seq_len = _seq_len(text.seq_len, checkpoints, configs)
     encoded, bos_id = _encode(settings, configs)
     window_bos = bos_id if text.bos == "window" else None
@@ -62,7 +68,11 @@ def evaluate(settings: EvalSettings) -> Result:
             "batch_size": settings.batch_size,
         },
         "data": _describe(text.sources, encoded, windows),
-        "models": [_score(settings, checkpoint, device, windows) for checkpoint in checkpoints],
+        "models": [
+            model
+            for checkpoint in checkpoints
+            for model in _score(settings, checkpoint, device, windows, adapter)
+        ],
     }
 
 
@@ -161,29 +171,62 @@ def _describe(sources: Sequence[str], encoded: EncodedText, windows: Windows) ->
 
 
 def _score(
-    settings: EvalSettings, checkpoint: Checkpoint, device: str, windows: Windows
-) -> dict[str, Any]:
-    """Load one model, score its exits, and let go of it."""
+    settings: EvalSettings,
+    checkpoint: Checkpoint,
+    device: str,
+    windows: Windows,
+    adapter: DraftAdapter | None,
+) -> list[dict[str, Any]]:
+    """Load one model, score its exits and its twin's, and let go of it."""
     option, name, label = checkpoint
     model = load_model(name, option, settings.dtype, device, settings.trust_remote_code)
     tolerance = _TOLERANCE[settings.dtype]
     check_exit_head(model, windows.token_ids[:1, :64], tolerance, name, option)
-    with tqdm(total=len(windows.token_ids), unit="window", desc=f"Scoring {name}") as progress:
-        scores = score_exits(
+    facts = {
+        "model": name,
+        "architecture": type(model).__name__,
+        "num_layers": model.config.num_hidden_layers,
+        "num_parameters": model.num_parameters(),
+    }
+    twin = settings.twin
+    num_windows = len(windows.token_ids) * (1 if twin is None else 2)
+    with tqdm(total=num_windows, unit="window", desc=f"Scoring {name}") as progress:
+        score = functools.partial(
+            score_exits,
             model,
             windows.token_ids,
             settings.batch_size,
             scored=windows.scored,
             progress=progress.update,
         )
+        if twin is None:
+            return [{"label": label, **facts, "exits": _exits(score())}]
+        target = Target()
+        scores = score(target=target)
+        made = _make_twin(model, twin, adapter)
+        twin_scores = score(target=target)
+    return [
+        {"label": label, **facts, "exits": _exits(scores)},
+        {"label": settings.twin_label, **facts, "twin": made, "exits": _exits(twin_scores)},
+    ]
+
+
+def _make_twin(model: Any, twin: TwinSettings, adapter: DraftAdapter | None) -> dict[str, Any]:
+    """Turn ``model`` into its twin; returns what the result says of it."""
+    try:
+        whole = make_twin(model, twin.draft_quantization, adapter)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     return {
-        "label": label,
-        "model": name,
-        "architecture": type(model).__name__,
-        "num_layers": model.config.num_hidden_layers,
-        "num_parameters": model.num_parameters(),
-        "exits": [score.to_dict() for score in scores],
+        "draft_quantization": twin.draft_quantization,
+        "draft_adapter": twin.draft_adapter,
+        "adapter_digest": None if adapter is None else adapter.digest,
+        "not_quantized": whole,
     }
+
+
+def _exits(scores: Sequence[ExitScore]) -> list[dict[str, float]]:
+    return [score.to_dict() for score in scores]
 
 
 def _versions() -> dict[str, str]:

@@ -2,7 +2,8 @@
 """The result of ``vllm-layerskip eval`` as a JSON file and as tables.
 
 A result is a dictionary of plain values. ``models`` lists each model's ``label`` and ``exits``
-(the fields of an ``ExitScore`` each); the rest says which data, settings and versions made it.
+(the fields of an ``ExitScore`` each), and of a draft twin what it is (``twin``); the rest says
+which data, settings and versions made it.
 """
 
 from __future__ import annotations
@@ -121,7 +122,22 @@ def summary(result: Result) -> str:
         f"({', '.join(data['sources'])}; SHA-256 {data['sha256'][:12]}), windows of "
         f"{settings['seq_len']} tokens, stride {settings['stride']}, "
         f"beginning-of-sequence: {settings['bos']}, {settings['dtype']}."
+        + "".join(map(_about_twin, result["models"]))
     )
+
+
+def _about_twin(model: Mapping[str, Any]) -> str:
+    twin = model.get("twin")
+    if twin is None:
+        return ""
+    text = (
+        f" '{model['label']}' is a draft twin (draft_quantization {twin['draft_quantization']}, "
+        f"draft_adapter {twin['draft_adapter'] or 'none'}); its agreement is with the last layer "
+        "of the model itself."
+    )
+    if whole := twin["not_quantized"]:
+        text += f" {len(whole)} of its linear layers keep their width, {whole[0]} first."
+    return text
 
 
 def markdown(result: Result) -> str:

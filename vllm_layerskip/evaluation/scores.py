@@ -32,10 +32,23 @@ class ExitScore:
     perplexity: float
     """exp of the mean negative log likelihood of a token (natural logarithm)."""
     agreement: float
-    """Share of tokens at which the exit's argmax is the last layer's."""
+    """Share of tokens at which the exit's argmax is the last layer's; of a twin: of the model's."""
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self)
+
+
+class Target:
+    """What the last layer said of each batch; a later pass, of a twin, is compared with it."""
+
+    def __init__(self) -> None:
+        self._argmaxes: list[torch.Tensor] = []
+
+    def of_batch(self, index: int, last: torch.Tensor) -> torch.Tensor:
+        """``[N]`` argmaxes of batch ``index``: those of the first pass, ``last`` if this is it."""
+        if index == len(self._argmaxes):
+            self._argmaxes.append(last.cpu())
+        return self._argmaxes[index].to(last.device)
 
 
 @torch.inference_mode()
@@ -46,6 +59,7 @@ def score_exits(
     *,
     scored: torch.Tensor | None = None,
     progress: Callable[[int], None] | None = None,
+    target: Target | None = None,
 ) -> list[ExitScore]:
     """Scores of every exit, from one pass of the model over the text.
 
@@ -58,15 +72,22 @@ def score_exits(
         scored: ``[B, T]`` booleans, the tokens that count; default: all. The first of a window
             never does, as nothing precedes it.
         progress: called with the number of windows of each batch when it is done.
+        target: what agreement is with; one that has seen a pass over the same windows and batches
+            keeps that pass's last layer. Default: this pass's.
 
     Raises:
         ValueError: no token counts.
     """
     totals = [_Totals() for _ in range(model.config.num_hidden_layers)]
+    target = target or Target()
     if scored is None:
         scored = torch.ones_like(windows, dtype=torch.bool)
-    for batch, counts in zip(windows.split(batch_size), scored.split(batch_size), strict=True):
-        _add_batch(model, batch.to(model.device), counts.to(model.device), totals)
+    batches = zip(windows.split(batch_size), scored.split(batch_size), strict=True)
+    for index, (batch, counts) in enumerate(batches):
+        argmaxes = _add_batch(model, batch.to(model.device), counts.to(model.device), totals)
+        said = target.of_batch(index, argmaxes[-1])
+        for total, argmax in zip(totals, argmaxes, strict=True):
+            total.num_agreeing += int((argmax == said).sum())
         if progress is not None:
             progress(len(batch))
     if totals[-1].num_tokens == 0:
@@ -79,8 +100,12 @@ def score_exits(
 
 def _add_batch(
     model: nn.Module, token_ids: torch.Tensor, scored: torch.Tensor, totals: list[_Totals]
-) -> None:
-    """Run the model over ``token_ids [B, T]`` and add each exit's predictions to its totals."""
+) -> list[torch.Tensor]:
+    """Run the model over ``token_ids [B, T]`` and add each exit's predictions to its totals.
+
+    Returns:
+        Each exit's argmaxes ``[N]``.
+    """
     counted = scored[:, 1:]
     labels = token_ids[:, 1:][counted]  # [N]
     argmaxes: list[torch.Tensor] = []
@@ -90,8 +115,7 @@ def _add_batch(
 
     with observe_exit_states(model, observe):
         model.model(input_ids=token_ids, use_cache=False)
-    for total, argmax in zip(totals, argmaxes, strict=True):
-        total.num_agreeing += int((argmax == argmaxes[-1]).sum())
+    return argmaxes
 
 
 @dataclass

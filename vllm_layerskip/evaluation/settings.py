@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from vllm_layerskip.errors import UserError
+from vllm_layerskip.twins.kinds import NONE
 
 BeginOfSequence = Literal["document", "window", "none"]
 Dtype = Literal["float32", "bfloat16"]
@@ -44,6 +45,32 @@ class TextSettings:
         _check_least("--max-tokens", self.max_tokens, 2)
 
 
+@dataclass(frozen=True)
+class TwinSettings:
+    """Which draft twin is scored beside its model."""
+
+    draft_quantization: str = NONE
+    """One of ``twins.kinds.CHOICES``."""
+    draft_adapter: str | None = None
+    """Folder of a draft adapter."""
+
+    @property
+    def option(self) -> str:
+        """The options that ask for it, for messages."""
+        quantization = f"--draft-quantization {self.draft_quantization}"
+        adapter = f"--draft-adapter {self.draft_adapter}"
+        if self.draft_adapter is None:
+            return quantization
+        return adapter if self.draft_quantization == NONE else f"{quantization} {adapter}"
+
+    @property
+    def name(self) -> str:
+        """For labels."""
+        adapter = None if self.draft_adapter is None else f"adapter {Path(self.draft_adapter).name}"
+        kind = None if self.draft_quantization == NONE else self.draft_quantization
+        return " + ".join(filter(None, (kind, adapter)))
+
+
 class Checkpoint(NamedTuple):
     option: str
     """The option that names it, for messages."""
@@ -65,8 +92,10 @@ class EvalSettings:
     text: TextSettings
     compare: str | None = None
     """A second checkpoint with the same tokenizer."""
+    twin: TwinSettings | None = None
+    """The model's draft twin, which is scored beside it; None: none."""
     labels: tuple[str, ...] | None = None
-    """Names of the checkpoints in table and plot; None: their folders' names."""
+    """Names in table and plot; None: the folders' names, and what the twin is."""
     dtype: Dtype = "float32"
     device: str = "auto"
     """A device of torch, or "auto": a GPU if there is one."""
@@ -78,16 +107,29 @@ class EvalSettings:
 
     def __post_init__(self) -> None:
         _check_least("--batch-size", self.batch_size, 1)
+        if self.twin is not None and self.compare is not None:
+            raise UserError(
+                f"--compare and {self.twin.option} exclude each other: the second model is the "
+                "twin. Score the two checkpoints one after the other."
+            )
         labels_of(self._names, self.labels)
 
     @property
     def _names(self) -> list[str]:
+        if self.twin is not None:
+            return [self.model, f"{self.model} {self.twin.name}"]
         return [self.model] if self.compare is None else [self.model, self.compare]
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
+        names = [self.model] if self.compare is None else [self.model, self.compare]
         labels = labels_of(self._names, self.labels)
-        return list(map(Checkpoint, ("--model", "--compare"), self._names, labels))
+        return list(map(Checkpoint, ("--model", "--compare"), names, labels))
+
+    @property
+    def twin_label(self) -> str:
+        """The twin's name in table and plot."""
+        return labels_of(self._names, self.labels)[-1]
 
 
 def labels_of(names: Sequence[str], given: Sequence[str] | None) -> list[str]:

@@ -98,7 +98,9 @@ class Roofline:
             twin: kind of the weights; ``none`` for the target's own.
         """
         shape, width = self.shape, NUM_BYTES[self.dtype]
-        weight_width = width if twin == NONE else twin_bytes(twin)
+        # In float32 a twin is a reference: rounded weights, kept at full width.
+        is_full_width = twin == NONE or self.dtype == "float32"
+        weight_width = width if is_full_width else twin_bytes(twin)
         peak = _PEAK_OVER_BFLOAT16.get(twin, 1.0)
         weights = num_layers * shape.layer_weights + head_weights
         kv_values = batch_size * context * num_layers * shape.kv_values_per_layer

@@ -32,6 +32,14 @@ _VERIFY_STEPS = (
 )
 """Name and documentation, in the order of ``StepCounts``."""
 
+_MEMORY = (
+    "draft_memory_bytes",
+    "Memory on one rank that drafting needs beside the model: exit states, the draft twin's layers "
+    "(draft_quantization, draft_adapter) and the drafts' own LM head.",
+)
+_MEMORY_OF = ("exit_states", "twin_layers", "draft_head")
+"""Labels of ``_MEMORY``, in the order of ``StepCounts``."""
+
 _DRAFT_TOKENS = (
     "num_draft_tokens_per_pos",
     "Drafted tokens that were verified, by position. With a schedule of numbers of drafts, "
@@ -62,6 +70,11 @@ class LayerSkipStatLogger:
             index: [drafted.labels(*labels, position) for position in positions]
             for index, labels in engines.items()
         }
+        memory = self._gauge(*_MEMORY, "of")
+        self.memory = {
+            index: [memory.labels(*labels, of) for of in _MEMORY_OF]
+            for index, labels in engines.items()
+        }
         self._set_config_info(config_info(vllm_config), engines.values())
 
     def _counter(self, name: str, documentation: str, *more_labels: str) -> Any:
@@ -69,19 +82,30 @@ class LayerSkipStatLogger:
             name=PREFIX + name, documentation=documentation, labelnames=[*_LABELS, *more_labels]
         )
 
-    def _set_config_info(self, info: dict[str, str], engines: Iterable[tuple[str, str]]) -> None:
-        gauge = self._loggers._gauge_cls(
-            name=PREFIX + "config_info",
-            documentation="The engine's LayerSkip settings, as labels; the value is 1.",
+    def _gauge(self, name: str, documentation: str, *more_labels: str) -> Any:
+        return self._loggers._gauge_cls(
+            name=PREFIX + name,
+            documentation=documentation,
             multiprocess_mode="mostrecent",
-            labelnames=[*_LABELS, *info],
+            labelnames=[*_LABELS, *more_labels],
+        )
+
+    def _set_config_info(self, info: dict[str, str], engines: Iterable[tuple[str, str]]) -> None:
+        gauge = self._gauge(
+            "config_info", "The engine's LayerSkip settings, as labels; the value is 1.", *info
         )
         for labels in engines:
             gauge.labels(*labels, *info.values()).set(1)
 
     def record(self, counts: StepCounts, scheduler_stats: Any, engine_index: int) -> None:
-        for counter, count in zip(self.verify_steps[engine_index], counts, strict=True):
+        num_series = len(_VERIFY_STEPS)
+        for counter, count in zip(
+            self.verify_steps[engine_index], counts[:num_series], strict=True
+        ):
             counter.inc(count)
+        for gauge, num_bytes in zip(self.memory[engine_index], counts[num_series:], strict=True):
+            if num_bytes:  # Sent once.
+                gauge.set(num_bytes)
         stats = scheduler_stats.spec_decoding_stats
         if stats is not None:
             drafted = zip(
@@ -101,6 +125,8 @@ def config_info(vllm_config: Any) -> dict[str, str]:
         "num_speculative_tokens": str(config.num_speculative_tokens),
         "reuse_exit_states": str(config.reuse_exit_states).lower(),
         "draft_vocab_size": "all" if draft_vocab is None else str(len(draft_vocab)),
+        "draft_quantization": config.draft_quantization,
+        "draft_adapter": "none" if config.draft_adapter is None else config.draft_adapter.digest,
         "vllm_layerskip_version": __version__,
         "vllm_version": version.vllm_version(),
     }

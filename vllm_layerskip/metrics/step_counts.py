@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Carries the workers' verify counts to the process that answers ``/metrics``.
+"""Carries the workers' verify counts and memory to the process that answers ``/metrics``.
 
-A worker counts verify steps; the engine's front end, in another process and maybe on another
+A worker counts verify steps and knows its memory; the engine's front end, in another process and maybe on another
 machine, exports them. The counts ride on messages that vLLM sends anyway, as host integers, so
 nothing waits for the device and no message is added:
 
@@ -29,20 +29,26 @@ _HANDED_ON = "_layerskip_step_counts"
 
 
 class StepCounts(NamedTuple):
-    """Verify steps since a worker started; a step verifies one batch."""
+    """Verify steps since a worker started, and its memory; a step verifies one batch."""
 
     num_verify_steps_reused: int = 0
     """Steps that ran the early stage for one token per request."""
     num_verify_steps_full: int = 0
     """Steps that ran the early stage for every token."""
+    num_bytes_exit_states: int = 0
+    num_bytes_twin_layers: int = 0
+    num_bytes_draft_head: int = 0
+    """Bytes on one rank that drafting needs beside the model; they do not change."""
 
     def after_step(self, reused: bool) -> StepCounts:
         """The counts with one step more."""
-        return StepCounts(
-            self.num_verify_steps_reused + reused, self.num_verify_steps_full + (not reused)
+        return self._replace(
+            num_verify_steps_reused=self.num_verify_steps_reused + reused,
+            num_verify_steps_full=self.num_verify_steps_full + (not reused),
         )
 
     def since(self, earlier: StepCounts) -> StepCounts:
+        """What is new: increases of counts, and the memory once."""
         if any(now < before for now, before in zip(self, earlier, strict=True)):
             return self  # A worker that was started again counts from 0.
         return StepCounts(*(now - before for now, before in zip(self, earlier, strict=True)))

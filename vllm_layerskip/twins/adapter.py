@@ -128,6 +128,15 @@ class AdapterWeights:
         """Full names in transformers of the linear layers that the adapter changes."""
         return tuple(self._adapter.scaling)
 
+    def check_finite(self) -> None:
+        """Read every weight once, to find a training that diverged before anything is merged.
+
+        Raises:
+            ValueError: a weight is not finite.
+        """
+        for name in self._names.shapes:
+            self._read(name)
+
     def delta(self, module_name: str) -> torch.Tensor | None:
         """What a merge adds to a linear layer's weight, ``[N, M]`` float32; None: nothing.
 

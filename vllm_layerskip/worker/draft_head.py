@@ -62,7 +62,7 @@ class DraftHead:
         exit_model: nn.Module | None = None,
         kind: str = NONE,
     ) -> None:
-        require_plain_head(model.lm_head, draft_vocab.source)
+        require_plain_head(model.lm_head, draft_vocab.source, "draft_vocab")
         self._model = model
         self._draft_vocab = draft_vocab
         device = model.lm_head.weight.device

@@ -113,9 +113,8 @@ class DraftTwin:
 
     def _head(self) -> TwinLinear | None:
         """The LM head in the twin's kind; None if its size fits no kernel."""
-        require_plain_head(
-            self._model.lm_head, f"speculative_config: draft_quantization={self.kind!r}"
-        )
+        source = f"speculative_config: draft_quantization={self.kind!r}"
+        require_plain_head(self._model.lm_head, source, "draft_quantization")
         return twin_of_head(self._model.lm_head, self.kind)
 
     def _require_kernels(self) -> None:

@@ -10,11 +10,12 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 
-def require_plain_head(lm_head: Any, source: str) -> None:
+def require_plain_head(lm_head: Any, source: str, option: str) -> None:
     """Check that drafts may have an LM head of their own, made from the model's.
 
     Args:
-        source: the option that asks for it, for the message.
+        source: what asks for it, with its value, for the message.
+        option: the name of the option.
 
     Raises:
         ValueError: the LM head is no plain matrix.
@@ -25,8 +26,9 @@ def require_plain_head(lm_head: Any, source: str) -> None:
     if not plain:
         raise ValueError(
             f"{source} needs the rows of the LM head, and this model keeps it in the format of "
-            f"{type(lm_head.quant_method).__name__}. Set the option to 'none', or use a checkpoint "
-            "whose LM head is not quantised."
+            f"{type(lm_head.quant_method).__name__}. Set {option}='none' "
+            f"(--{option.replace('_', '-')} none), or use a checkpoint whose LM head is not "
+            "quantised."
         )
 
 

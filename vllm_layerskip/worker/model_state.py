@@ -68,7 +68,7 @@ class LayerSkipModelState(DefaultModelState):
         assert isinstance(config, LayerSkipConfig)
         self.config = config
         self.draft_state = model.draft_state
-        self.step_counts = StepCounts()
+        self.step_counts = StepCounts()  # With the memory, once the speculator is loaded.
         self._num_weight_changes = model.num_weight_changes
         self.early_attn_groups: list[list[AttentionGroup]] = []
         # Plans point at these; captured graphs read them again at each replay.

@@ -41,7 +41,6 @@ from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.dp_utils import DPSyncState
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
-from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.utils import AttentionGroup
 
@@ -54,6 +53,7 @@ from vllm_layerskip.worker.draft_head import DraftHead
 from vllm_layerskip.worker.draft_inputs import advance, prepare_first_pass
 from vllm_layerskip.worker.draft_state import DraftState
 from vllm_layerskip.worker.early_layers import early_attn_layer_names
+from vllm_layerskip.worker.model_state import LayerSkipModelState
 
 logger = init_logger("vllm.layerskip.speculator")
 
@@ -87,6 +87,16 @@ class LayerSkipSpeculator(DraftModelSpeculator):
             self.exit_model = self.draft_twin.exit_model
         self.draft_head = self._make_draft_head()
         self._log_start()
+
+    def num_bytes(self) -> dict[str, int]:
+        """Extra memory of drafting on this rank, by the names of ``StepCounts``."""
+        twin, head = self.draft_twin, self.draft_head
+        return {
+            "num_bytes_exit_states": self.draft_state.exit_states.num_bytes,
+            "num_bytes_twin_layers": 0 if twin is None else twin.num_bytes,
+            "num_bytes_draft_head": (0 if twin is None else twin.num_head_bytes)
+            + (0 if head is None else head.num_bytes),
+        }
 
     def _log_start(self) -> None:
         logger.info_once(
@@ -128,12 +138,14 @@ class LayerSkipSpeculator(DraftModelSpeculator):
 
     def set_attn(
         self,
-        model_state: ModelState,
+        model_state: LayerSkipModelState,
         kv_cache_config: KVCacheConfig,
         block_tables: BlockTables,
         target_input_buffers: InputBuffers,
         target_attn_groups: list[list[AttentionGroup]],
     ) -> None:
+        # It rides with the counts of the first step.
+        model_state.step_counts = model_state.step_counts._replace(**self.num_bytes())
         self.draft_attn_layer_names = self.early_attn_layer_names
         try:
             super().set_attn(

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import EMBEDDED
+from safetensors.torch import save_file
 
 from vllm_layerskip.commands.main import build_parser
 
@@ -69,6 +71,20 @@ def _all_answered(folder: Path, num_tokens: int) -> bool:
     return all(len(a["token_ids"]) == num_tokens for a in answers(folder))
 
 
+def write_adapter(folder: Path) -> None:
+    """A draft adapter of the checkpoint's first layer."""
+    hidden_size = json.loads((EMBEDDED / "config.json").read_text())["hidden_size"]
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    shapes = {"A": (2, hidden_size), "B": (hidden_size, 2)}
+    folder.mkdir()
+    save_file(
+        {name.format(part): torch.full(shape, 0.01) for part, shape in shapes.items()},
+        folder / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
 def _drafted(printed: str) -> bool:
     return float(printed.rpartition("acceptance length ")[2].rstrip(".\n")) > 1
 
@@ -114,6 +130,14 @@ RUNS: dict[str, dict[str, Run]] = {
                 (folder / "r.png").stat().st_size > 1000
                 and "other" in (folder / "r.md").read_text()
                 and "one" in printed
+            ),
+        ),
+        "twin": Run(
+            "--model CHECKPOINT --data texts.jsonl --text-field body --seq-len 16 --device cpu "
+            "--draft-quantization int4 --draft-adapter adapter --json r.json",
+            lambda folder, printed: (
+                json.loads((folder / "r.json").read_text())["models"][1]["label"]
+                == "checkpoint int4 + adapter adapter"
             ),
         ),
         "shown": Run(
@@ -223,6 +247,7 @@ def test_a_legitimate_command_line_does_its_work(command, name, tmp_path):
     )
     (tmp_path / "prompts.txt").write_text("def main():\nimport sys\n")
     (tmp_path / "ids.json").write_text(json.dumps([*range(300)]))
+    write_adapter(tmp_path / "adapter")
     (tmp_path / "train.yaml").write_text(TRAINING.replace("CHECKPOINT", CHECKPOINT))
     run = RUNS[command][name]
     for argv in run.argv(command):

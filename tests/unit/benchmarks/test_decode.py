@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,17 @@ from .records import decode_record, parse_settings, tiny_settings
 
 ROOT = Path(__file__).parents[3]
 EMBEDDED = embedded_checkpoint()
+
+
+def test_limits_of_a_twin():
+    """By bytes at batch 1, of 13.2 GB a pass: 4.94 with int4 drafts, 1.8 for a stock model."""
+    eight = parse_settings("--preset", "7b-cnndm", "--draft-quantization", "int4")
+    every = parse_settings(
+        *("--preset", "7b-cnndm", "--exit-layer", "all", "--draft-quantization", "int4"),
+        *("--num-speculative-tokens", "4", "--synthetic-acceptance-length", "3.8"),
+    )
+    tables = [limits.limits(settings, "NVIDIA H200") for settings in (eight, every)]
+    assert [table.splitlines()[2].split(" | ")[3] for table in tables] == ["4.94", "1.80"]
 
 
 def test_limits_before_anything_is_run():
@@ -80,6 +93,41 @@ class TestTable:
         larger = decode_record("layerskip", 4, 450.0)
         by_record = summary.decode_results([decode_record("plain", 1, 300.0), other, larger])
         assert [result.speedup for result in by_record] == [1.0, 1.5, None]
+
+    def test_a_twin_has_its_name_and_its_limit(self):
+        record = decode_record("layerskip", 1, 600.0)
+        record["settings"] = record["settings"] | {"draft_quantization": "int4"}
+        every_layer = {**record, "settings": record["settings"] | {"exit_layer": 32}}
+        plain = decode_record("plain", 1, 300.0)
+        _, twin, all_layers = summary.decode_results([plain, record, every_layer])
+        assert (twin.setting, all_layers.setting) == ("E=8 K=12 int4", "E=L K=12 int4")
+        assert 4.8 < twin.speedup_limit < 5.0
+        assert twin.speedup == 2.0
+
+    def test_a_round_is_compared_with_its_own_plain_decoding(self):
+        """A machine that slows down to a third meanwhile changes no speed-up."""
+        records = []
+        for number, factor in ((1, 1.0), (2, 0.5), (3, 0.3)):
+            for mode, speed in (("plain", 300.0), ("layerskip", 600.0 + 30 * number)):
+                record = decode_record(mode, 1, speed * factor)
+                record["settings"] = record["settings"] | {"round": number}
+                records.append(record)
+        plain, ours = summary.decode_results(records)
+        assert (plain.tokens_per_s, plain.speedup) == (150.0, 1.0)
+        assert ours.speedups == pytest.approx((2.1, 2.2, 2.3))
+        assert ours.speedup == pytest.approx(2.2)
+        assert summary.columns(ours)[7] == "2.20 (2.10 to 2.30)"
+        assert summary.columns(plain)[7] == "1.00"
+
+    def test_a_round_that_failed_says_so(self):
+        records = []
+        for number, status in ((1, "ok"), (2, "error"), (3, "ok")):
+            record = decode_record("plain", 1, 300.0, status=status, reason="exit status 1")
+            record["settings"] = record["settings"] | {"round": number}
+            records.append(record)
+        ok, failed = summary.decode_results(records)
+        assert ok.tokens_per_s == 300.0
+        assert "error: exit status 1" in summary.columns(failed)
 
     def test_what_was_not_measured_says_why(self):
         missing = {"status": "no-room", "reason": "90 KV slots of 50"}
@@ -151,8 +199,73 @@ add_record(Path(sys.argv[sys.argv.index("--output") + 1]), record)
     def test_modes_with_drafts_run_once_for_each_k(self):
         settings = parse_settings("--preset", "7b-cnndm")
         table = compare.mode_processes(["plain", "layerskip"], settings, [12, 6])
-        assert [one.name for one in table] == ["plain-k12", "layerskip-k12", "layerskip-k6"]
+        assert [one.name for one in table] == ["plain-k12", "layerskip-e8-k12", "layerskip-e8-k6"]
         assert table[2].settings.synthetic_acceptance_length < 9.27
+
+    def test_a_kind_runs_in_mode_layerskip_alone(self):
+        settings = parse_settings("--preset", "7b-cnndm")
+        modes = ["plain", "layerskip", "layerskip-no-reuse"]
+        table = compare.mode_processes(modes, settings, [12], ["none", "int4"])
+        assert [one.name for one in table] == [
+            "plain-k12", "layerskip-e8-k12", "layerskip-e8-k12-int4", "layerskip-no-reuse-k12"
+        ]  # fmt: skip
+
+    def table(self, *argv):
+        return compare.table_from(compare.build_parser().parse_args(argv))
+
+    def test_drafts_of_their_own_lengths_in_rounds(self):
+        table = self.table(
+            *("--preset", "7b-cnndm", "--modes", "plain", "layerskip", "--rounds", "2"),
+            *("--drafts", "8:12", "8:6", "8:12:int4:9.0", "all:4:int4:3.8"),
+        )
+        names = ["plain-k12", "layerskip-e8-k12", "layerskip-e8-k6", "layerskip-e8-k12-int4",
+                 "layerskip-e32-k4-int4"]  # fmt: skip
+        assert [one.name for one in table] == names + [f"{name}-round2" for name in names]
+        # Another K of the preset keeps the chance of each draft.
+        lengths = [one.settings.synthetic_acceptance_length for one in table]
+        assert lengths[:5] == [9.27, 9.27, pytest.approx(6.06, abs=0.01), 9.0, 3.8]
+        assert [one.settings.round for one in table] == [1] * 5 + [2] * 5
+        assert len({str(one.settings.identity()) + one.mode for one in table}) == 10
+        assert all(one.settings.draft_quantization == "none" for one in (table[0], table[5]))
+
+    def test_drafts_fill_in_what_a_shape_lacks(self):
+        (one,) = self.table(
+            "--shape", "llama-2-7b", "--modes", "layerskip", "--drafts", "all:4:int8:3.0"
+        )
+        settings = one.settings
+        assert (settings.exit_layer, settings.num_speculative_tokens) == (32, 4)
+        assert (settings.draft_quantization, settings.synthetic_acceptance_length) == ("int8", 3.0)
+
+    @pytest.mark.parametrize(
+        ("argv", "message"),
+        [
+            (["--drafts", "all:4:int4"], "a shape has no acceptance of its own"),
+            (["--drafts", "8:4", "--exit-layer", "8"], "--drafts cannot go with --exit-layer"),
+            (["--exit-layer", "all"], "with 1 to 31 of this model's 32 layers, or with all (32)"),
+            (["--exit-layer", "33", "--draft-quantization", "int4"], "--exit-layer=33: layerskip"),
+        ],
+    )
+    def test_drafts_that_cannot_be(self, argv, message):
+        with pytest.raises(UserError, match=re.escape(message)):
+            self.table("--preset", "7b-cnndm", *argv)
+
+    @pytest.mark.parametrize("text", ["8", "8:0", "0:4", "8:4:int3", "8:4:int4:x", "8:4:int4:3:1"])
+    def test_drafts_are_read_strictly(self, text, capsys):
+        with pytest.raises(SystemExit):
+            self.table("--preset", "7b-cnndm", "--drafts", text)
+        assert "must be E:K, E:K:KIND or E:K:KIND:LENGTH" in capsys.readouterr().err
+
+    def test_each_round_is_measured_anew(self, run, tmp_path, monkeypatch):
+        """The second round must not be taken for the first one's resumption."""
+        argv = compare._measure_command(
+            compare.in_rounds([compare.ModeProcess("plain", tiny_settings())], 2)[1],
+            tmp_path / "x.json", None, None,
+        )  # fmt: skip
+        assert argv[argv.index("--round") + 1] == "2"
+        settings = [replace(tiny_settings(), round=number).identity() for number in (1, 2)]
+        record = {"mode": "plain", "status": "ok", "settings": settings[0], "batch_size": 1}
+        assert results.finished_cells([record], "plain", settings[0]) == {(1,)}
+        assert not results.finished_cells([record], "plain", settings[1])
 
 
 class TestTrainingText:

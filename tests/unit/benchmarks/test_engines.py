@@ -6,14 +6,17 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.engines import presets, results
 from benchmarks.engines.arguments import command_line_flags, engine_arguments
 from benchmarks.engines.cut_checkpoint import write_cut_checkpoint
+from benchmarks.engines.facts import worker_memory
 from benchmarks.engines.modes import VLLM_MODES, Speculation, speculative_config
 from vllm_layerskip import embedded_checkpoint
 from vllm_layerskip.errors import UserError
@@ -69,6 +72,16 @@ class TestModes:
         assert getattr(config, "reuse_exit_states", None) == {
             "layerskip": True, "layerskip-no-reuse": False
         }.get(mode)  # fmt: skip
+
+    @pytest.mark.parametrize(("layers", "kind"), [(2, "int4"), (12, "int8")])
+    def test_vllm_takes_a_twin(self, layers, kind, engine_config):
+        speculation = Speculation(layers, 4, acceptance_length=3.0, draft_quantization=kind)
+        request = speculative_config("layerskip", speculation, None)
+        config = engine_config(request).speculative_config
+        assert (config.exit_layer, config.draft_quantization) == (layers, kind)
+        assert config.reuse_exit_states is False
+        without = speculative_config("layerskip-no-reuse", speculation, None)
+        assert "draft_quantization" not in without
 
     def test_length_without_a_schedule_has_the_least_spread(self):
         config = speculative_config("layerskip", Speculation(2, 4, acceptance_length=3.0), None)
@@ -154,6 +167,11 @@ class TestSettings:
         settings = parse_settings("--preset", "7b-cnndm", "--num-speculative-tokens", "4")
         assert settings.synthetic_acceptance_length == presets.length_for(9.27, 12, 4)
 
+    def test_all_layers_are_the_models(self):
+        twin = ("--exit-layer", "all", "--draft-quantization", "int4")
+        assert parse_settings("--preset", "7b-cnndm", *twin).exit_layer == 32
+        assert parse_settings("--model", str(EMBEDDED), *twin).exit_layer == 12
+
     def test_a_checkpoint_names_its_exit_layer(self):
         settings = parse_settings("--model", str(EMBEDDED))
         assert (settings.exit_layer, settings.num_speculative_tokens) == (3, 5)
@@ -167,6 +185,7 @@ class TestSettings:
             (["--shape", "tiny"], "--exit-layer=0 and --num-speculative-tokens=0"),
             (["--exit-layer", "2", "--num-speculative-tokens", "2"], "Nothing to measure"),
             (["--model", str(EMBEDDED), "--shape", "tiny"], "--model cannot go with --shape"),
+            (["--shape", "tiny", "--exit-layer", "all"], "--num-speculative-tokens=0"),
             (["--model", "/nowhere"], "--model=/nowhere is no checkpoint folder"),
         ],
     )
@@ -196,6 +215,25 @@ def test_graphs_are_those_of_the_tables_batches(tmp_path):
     # Under load steps have any size: vLLM's own graphs.
     arguments = engine_arguments(parse_settings(*load), "layerskip", tmp_path / "serve")
     assert "compilation_config" not in arguments
+
+
+class TestWorkerMemory:
+    """The counts that a table shows, of a worker on a CPU."""
+
+    def memory(self, draft_state, twin):
+        speculator = SimpleNamespace(draft_state=draft_state, draft_twin=twin)
+        runner = SimpleNamespace(kv_caches=[torch.zeros(2, 8)], speculator=speculator)
+        return worker_memory(SimpleNamespace(model_runner=runner))
+
+    def test_a_twin_counts_its_layers_and_its_head(self):
+        twin = SimpleNamespace(num_bytes=1000, num_head_bytes=200)
+        facts = self.memory(SimpleNamespace(exit_states=None), twin)
+        assert facts["twin_bytes"] == 1200
+        assert facts["exit_state_bytes"] == 0
+
+    def test_without_a_twin_there_are_exit_states(self):
+        facts = self.memory(SimpleNamespace(exit_states=SimpleNamespace(num_bytes=64)), None)
+        assert facts == {"kv_cache_bytes": 64, "exit_state_bytes": 64}
 
 
 class TestResultFiles:

@@ -15,6 +15,7 @@ import pytest
 from benchmarks.gpu import check_graphs, graph_engines, verdict
 from benchmarks.gpu.summary import HEADER, summary
 from benchmarks.gpu.verdict import Answers, Difference, Observed
+from vllm_layerskip.metrics.counters import SpecDecodeCounters
 
 from .records import parse_settings
 
@@ -155,7 +156,7 @@ class TestCheckGraphs:
     def narrowed(self, tmp_path, monkeypatch):
         """Runs the check with engines whose problems are given; the variants that ran."""
 
-        def run(dtype, problems_of):
+        def run(dtype, problems_of, *options):
             seen = asdict(self.seen()) | {
                 "num_equal": 8, "num_answers": 8, "acceptance_length": 2.5, "waits": ["a.py:1"],
             }  # fmt: skip
@@ -164,7 +165,7 @@ class TestCheckGraphs:
                 on_gpu, arguments, request = True, {"model": "x", "seed": 0}, {}
 
                 def __init__(self, args):
-                    pass
+                    self.twin = args.draft_quantization
 
                 def run_plain(self):
                     return TestCheckGraphs.PLAIN
@@ -172,7 +173,8 @@ class TestCheckGraphs:
                 def run(self, variant, plain):
                     if problems_of.get(variant) == "raise":
                         raise RuntimeError("capture failed")
-                    return seen | {"variant": variant, "problems": problems_of.get(variant, [])}
+                    return seen | {"variant": variant, "draft_quantization": self.twin,
+                                   "problems": problems_of.get(variant, [])}  # fmt: skip
 
             def in_a_process(command, check):
                 # The last ones count; of the process only its file is known.
@@ -186,7 +188,9 @@ class TestCheckGraphs:
             monkeypatch.setattr(check_graphs, "Check", StandIn)
             monkeypatch.setattr(check_graphs, "prepare_environment", lambda: None)
             monkeypatch.setattr(check_graphs.subprocess, "run", in_a_process)
-            monkeypatch.setattr(sys, "argv", ["x", "--dtype", dtype, "--output", str(output)])
+            monkeypatch.setattr(
+                sys, "argv", ["x", "--dtype", dtype, *options, "--output", str(output)]
+            )
             if problems_of:
                 with pytest.raises(SystemExit, match="1"):
                     check_graphs.main()
@@ -220,6 +224,41 @@ class TestCheckGraphs:
         assert "layerskip: no answer; FAULT: RuntimeError: capture failed" in page
         assert "drafts without graphs: no answer; FAULT: its process ended" in page
         assert "Traceback" in capsys.readouterr().err
+
+    def test_a_twin_needs_no_control_and_names_its_kind(self, narrowed):
+        variants, page = narrowed("bfloat16", {}, "--draft-quantization", "int4")
+        assert variants == ["layerskip"]
+        assert "layerskip int4: 8 of 8 answers" in page
+
+    @pytest.mark.parametrize(
+        ("twin", "variant", "expected", "ruled_out"),
+        [
+            ("none", "layerskip", {"reuse", "draft", "verify"}, set()),
+            ("int4", "layerskip", {"draft", "verify"}, {"reuse"}),
+            ("int4", "drafts without graphs", {"verify"}, {"reuse", "draft"}),
+            ("none", "without reuse", {"draft", "verify"}, {"reuse"}),
+        ],
+    )
+    def test_what_an_engine_must_do(self, twin, variant, expected, ruled_out):
+        check = graph_engines.Check.__new__(graph_engines.Check)
+        check.on_gpu, check.twin = True, twin
+        assert check._expected(variant) == (expected, ruled_out)
+
+    def test_times_are_those_of_second_answers(self, monkeypatch):
+        """The first ones compile kernels: 5.1 s for 0.2 s, on the first GPU."""
+        seconds = iter([5.0, 0.2])
+        check = graph_engines.Check.__new__(graph_engines.Check)
+        check.on_gpu, check.twin, check.request, check.prompts = True, "none", {}, ["x"]
+        check.args = SimpleNamespace(dtype="float32", max_tokens=4)
+        monkeypatch.setattr(check, "_start", lambda *args: None)
+        monkeypatch.setattr(graph_engines, "count_replays", lambda llm: {})
+        monkeypatch.setattr(graph_engines, "read_counters", lambda llm: SpecDecodeCounters())
+        monkeypatch.setattr(
+            graph_engines, "answer",
+            lambda *args, **kwargs: replace(self.PLAIN, seconds=next(seconds)),
+        )  # fmt: skip
+        found = check.run("layerskip", replace(self.PLAIN, seconds=0.1))
+        assert found["answer_s"] == {"plain": 0.1, "layerskip": 0.2}
 
     def test_waits_are_named_by_their_place(self):
         class StandIn:

@@ -23,9 +23,10 @@ import psutil
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 
-from benchmarks.decode.compare import table_from
+from benchmarks.decode.compare import build_parser, table_from
 from benchmarks.engines.arguments import engine_arguments
 from benchmarks.gpu import gpu_session, steps
+from benchmarks.gpu.session import LOGS
 from vllm_layerskip.measuring.hardware import gpu_info
 from vllm_layerskip.plugin import register
 
@@ -331,6 +332,21 @@ class TestSteps:
         assert [part.name for part in parts] == ["gpu", "exact", "demo", "7b", "7b-peers", "8b"]
         limits = {part.name: part.limit_s for part in parts}
         assert limits["exact"] >= 110, "a cold machine starts its first engine in it"
+        demo = next(part for part in parts if part.name == "demo")
+        log = Path(demo.command[demo.command.index("--log") + 1])
+        assert log.parent == tmp_path / LOGS, "the engines' log comes back"
+
+    def test_twins_begin_with_the_most_telling(self, tmp_path):
+        table, check = steps.twins(steps.PartMaker(tmp_path, False, None))
+        arguments = list(table.command[3:])
+        args = build_parser().parse_args(
+            [argument.replace("{seconds}", "60") for argument in arguments]
+        )
+        names = [one.name for one in table_from(args)]
+        assert names == ["plain-k12", "layerskip-e8-k12-int4", "layerskip-e32-k4-int4",
+                         "layerskip-e8-k12", "layerskip-e8-k12-fp8", "layerskip-e32-k4-fp8"]  # fmt: skip
+        assert args.batch_sizes == [1, 8, 32]
+        assert "bfloat16" in check.command
 
     @pytest.mark.parametrize(
         ("arguments", "variables", "message"),

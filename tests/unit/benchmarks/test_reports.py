@@ -25,6 +25,27 @@ def test_report_names_sources(tmp_path):
     assert (tables.count(decoding + 1), tables.count(others + 1)) == (4, 4 + 3)
 
 
+def test_report_has_a_twins_memory_and_its_rounds(tmp_path):
+    file = tmp_path / "7b.json"
+    plain = decode_record("plain", 1, 300.0)
+    assert "draft twin MB" not in _report(file, plain)
+    twin = decode_record("layerskip", 1, 900.0)
+    twin["settings"] = twin["settings"] | {"draft_quantization": "int4", "round": 2}
+    twin["engine"] = twin["engine"] | {
+        "memory": {"kv_cache_bytes": 10**9, "twin_bytes": 934 * 10**6}
+    }
+    text = _report(file, twin)
+    assert "| draft twin MB |" in text
+    assert "| 934.00 |" in text
+    assert "E=8 K=12 int4" in text
+    assert "medians over 2 rounds A B A B" in text
+
+
+def _report(file, record):
+    results.add_record(file, record)
+    return report.report(file)
+
+
 def test_plots_are_written_and_repeatable(tmp_path):
     file = tmp_path / "7b.json"
     for size in (1, 4):

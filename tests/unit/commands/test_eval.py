@@ -24,6 +24,7 @@ from unit.evaluation.tiny_models import (
     scores_by_definition,
     write_texts,
 )
+from unit.twins import adapters
 from vllm_layerskip.commands import main as cli
 from vllm_layerskip.evaluation import report as evaluation_report
 from vllm_layerskip.evaluation.data import cut_windows, encode, read_documents
@@ -102,6 +103,64 @@ def test_a_stored_result_gives_the_same_table(checkpoints, texts, tmp_path, caps
     assert data["num_scored_tokens"] == data["num_tokens"] == 283 + 3
 
 
+def test_a_twin_is_scored_beside_its_model(checkpoints, texts, tmp_path, capsys):
+    stored, plot = tmp_path / "r.json", tmp_path / "r.svg"
+    argv = ["--model", checkpoints / "one", "--data", texts, "--seq-len", 32]
+    twin = ["--draft-quantization", "int4", "--json", stored, "--plot", plot]
+    assert _eval(*argv, "--json", tmp_path / "plain.json") == 0
+    capsys.readouterr()
+    assert _eval(*argv, *twin) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    plain = json.loads((tmp_path / "plain.json").read_text())["models"]
+    model, twin = json.loads(stored.read_text())["models"]
+    assert [model] == plain
+    assert [model["label"], twin["label"]] == ["one", "one int4"]
+    assert twin["twin"]["draft_quantization"] == "int4"
+    assert twin["twin"]["draft_adapter"] is None
+    assert twin["twin"]["not_quantized"] == [f"model.layers.{n}.mlp.down_proj" for n in range(3)]
+    assert twin["exits"][-1]["exit_layer"] == 3
+    assert 0.5 < twin["exits"][-1]["agreement"] < 1
+    assert "'one int4' is a draft twin" in shown
+    assert "one int4" in plot.read_text()
+    assert _eval("--from-json", stored) == 0
+    assert "'one int4' is a draft twin" in " ".join(capsys.readouterr().out.split())
+
+
+def test_no_quantisation_is_no_twin(checkpoints, texts, tmp_path):
+    argv = ("--model", checkpoints / "one", "--data", texts, "--json", tmp_path / "r.json")
+    assert _eval(*argv, "--draft-quantization", "none") == 0
+    assert len(json.loads((tmp_path / "r.json").read_text())["models"]) == 1
+
+
+def test_a_twin_with_an_adapter(checkpoints, texts, tmp_path):
+    tensors = {
+        f"base_model.model.model.layers.0.mlp.up_proj.lora_{part}.weight": torch.ones(shape)
+        for part, shape in (("A", (4, 32)), ("B", (48, 4)))
+    }
+    folder = adapters.write(tmp_path / "heal", tensors=tensors)
+    argv = ("--model", checkpoints / "one", "--data", texts, "--draft-adapter", folder)
+    assert _eval(*argv, "--json", tmp_path / "r.json") == 0
+    model, twin = json.loads((tmp_path / "r.json").read_text())["models"]
+    assert twin["label"] == "one adapter heal"
+    assert twin["twin"]["draft_adapter"] == str(folder)
+    assert len(twin["twin"]["adapter_digest"]) == 16
+    assert model["exits"][-1]["agreement"] == 1
+    assert twin["exits"][-1]["agreement"] < 1
+
+
+def test_an_adapter_that_diverged_is_a_line(checkpoints, texts, tmp_path, capsys):
+    tensors = {
+        f"base_model.model.model.layers.0.mlp.up_proj.lora_{part}.weight": torch.full(
+            shape, math.nan
+        )
+        for part, shape in (("A", (4, 32)), ("B", (48, 4)))
+    }
+    folder = adapters.write(tmp_path / "heal", tensors=tensors)
+    argv = ("--model", checkpoints / "one", "--data", texts, "--draft-adapter", folder)
+    assert _eval(*argv) == 2
+    assert f"error: --draft-adapter {folder}: " in capsys.readouterr().err.splitlines()[-1]
+
+
 def _config(folder, **changes):
     folder.mkdir(exist_ok=True)
     config = json.loads(LlamaConfig(**SHAPE, architectures=["LlamaForCausalLM"]).to_json_string())
@@ -128,6 +187,19 @@ BAD = {
     "other tokenizer": (["--compare", "{other}"], "its tokenizer is not that of"),
     "labels": (["--labels", "a", "b"], "there must be 1, one for each model"),
     "same labels": (["--compare", "{two}", "--labels", "a", "a"], "they must differ"),
+    "twin kind": (["--draft-quantization", "int3"], "invalid choice: 'int3'"),
+    "twin and compare": (
+        ["--compare", "{two}", "--draft-quantization", "int8"],
+        "--compare and --draft-quantization int8 exclude each other",
+    ),
+    "no adapter": (
+        ["--draft-adapter", "{tmp}/none"],
+        "--draft-adapter {tmp}/none: there is no folder '{tmp}/none'. Give one with",
+    ),
+    "adapter of another model": (
+        ["--draft-adapter", "{adapter}"],
+        "--draft-adapter {adapter}: it was made for 'acme/tiny', and the target is",
+    ),
     "device": (["--device", "nodevice"], "--device nodevice: "),
     "plot format": (["--plot", "{tmp}/x.gif"], "must end with one of .pdf, .png, .svg"),
     "output folder": (["--json", "{tmp}/no/r.json"], "must be a file in a folder that exists"),
@@ -137,6 +209,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_a_mistake_is_explained_in_a_line(case, checkpoints, texts, tmp_path, capsys):
     places = {"tmp": tmp_path, "two": checkpoints / "two"}
+    places["adapter"] = adapters.write(tmp_path / "adapter", tensors=adapters.weights(num_layers=4))
     for name in ("classifier", "t5", "bare", "other"):
         places[name] = tmp_path / name
     _config(places["classifier"], architectures=["LlamaForSequenceClassification"])
@@ -220,3 +293,5 @@ def test_from_json_measures_nothing(tmp_path, capsys):
     assert "is no result" in capsys.readouterr().err
     assert _eval("--from-json", tmp_path / "other.json", "--data", "stdlib") == 2
     assert "--data and --from-json exclude each other" in capsys.readouterr().err
+    assert _eval("--from-json", tmp_path / "other.json", "--draft-quantization", "int4") == 2
+    assert "--draft-quantization and --from-json exclude each" in capsys.readouterr().err

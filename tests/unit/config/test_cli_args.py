@@ -222,13 +222,13 @@ def test_vllm_serve_makes_the_same_engine_of_every_spelling(checkpoint):
             assert getattr(other.speculative_config, name) == expected, name
 
 
-@given(st.text().filter(lambda text: text != "auto"))
-def test_only_integers_and_auto_parse_as_an_exit_layer(text):
+@given(st.text().filter(lambda text: text not in ("all", "auto")))
+def test_only_integers_auto_and_all_parse_as_an_exit_layer(text):
     try:
         expected = int(text)
     except ValueError:
         with pytest.raises(
-            argparse.ArgumentTypeError, match="must be an integer or 'auto'"
+            argparse.ArgumentTypeError, match="must be an integer, 'auto' or 'all'"
         ) as error:
             cli_args.exit_layer_argument(text)
         assert repr(text) in str(error.value)
@@ -239,4 +239,4 @@ def test_only_integers_and_auto_parse_as_an_exit_layer(text):
 @given(st.integers())
 def test_an_exit_layer_survives_the_command_line(exit_layer):
     assert cli_args.exit_layer_argument(str(exit_layer)) == exit_layer
-    assert cli_args.exit_layer_argument("auto") == "auto"
+    assert [cli_args.exit_layer_argument(word) for word in ("auto", "all")] == ["auto", "all"]

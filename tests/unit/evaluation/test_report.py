@@ -32,6 +32,28 @@ def test_models_of_different_depth_share_a_table_and_overflow_is_no_nan(tmp_path
     assert [row[1:3] for row in rows] == [["inf", "22.13"], ["218000", "-"]]
 
 
+def test_a_twin_is_named_and_what_its_agreement_is_with():
+    exits = [{"exit_layer": 1, "perplexity": 2.0, "accuracy": 0.5, "agreement": 0.9}]
+    twin = {"draft_quantization": "int4", "draft_adapter": "runs/heal", "adapter_digest": "0" * 16}
+    data = {"num_scored_tokens": 9, "num_documents": 1, "sources": ["a"], "sha256": "0" * 64}
+    settings = {"seq_len": 4, "stride": 4, "bos": "none", "dtype": "float32"}
+    plain, other = {"label": "m", "exits": exits}, {"label": "m int4", "exits": exits}
+    result = {
+        "data": data,
+        "settings": settings,
+        "models": [plain, other | {"twin": twin | {"not_quantized": []}}],
+    }
+    text = report.summary(result)
+    assert "'m int4' is a draft twin (draft_quantization int4, draft_adapter runs/heal)" in text
+    assert "agreement is with the last layer of the model itself" in text
+    assert "keep their width" not in text
+    result["models"][1]["twin"]["not_quantized"] = ["model.layers.0.mlp.down_proj", "b"]
+    assert "2 of its linear layers keep their width, model.layers.0.mlp" in report.summary(result)
+    assert "twin" not in report.summary(result | {"models": [plain]})
+    assert report.header(result)[-1] == "m int4 agreement"
+    assert report.rows(result) == [["1", "2.000", "2.000", "50.0 %", "50.0 %", "90.0 %", "90.0 %"]]
+
+
 def test_a_file_that_is_no_result_is_refused(tmp_path):
     with pytest.raises(UserError, match="--from-json"):
         report.read_json(tmp_path / "none.json")

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from vllm_layerskip.errors import UserError
-from vllm_layerskip.evaluation.settings import EvalSettings, TextSettings
+from vllm_layerskip.evaluation.settings import EvalSettings, TextSettings, TwinSettings
 
 TEXT = TextSettings(("stdlib",))
 
@@ -28,6 +28,23 @@ def test_a_label_tells_the_checkpoints_apart(names, given, labels):
         "--model",
         "--compare",
     ][: len(labels)]
+
+
+@pytest.mark.parametrize(
+    ("given", "labels"),
+    [(None, ["one", "one int4"]), (("plain", "twin"), ["plain", "twin"])],
+)
+def test_a_twin_has_a_label_of_its_own(given, labels):
+    settings = EvalSettings("runs/one", TEXT, twin=TwinSettings("int4"), labels=given)
+    (checkpoint,) = settings.checkpoints
+    assert [checkpoint.label, settings.twin_label] == labels
+
+
+def test_a_twin_is_the_second_model():
+    with pytest.raises(UserError, match="--compare and --draft-quantization int8 exclude"):
+        EvalSettings("one", TEXT, compare="two", twin=TwinSettings("int8"))
+    with pytest.raises(UserError, match="there must be 2, one for each model"):
+        EvalSettings("one", TEXT, twin=TwinSettings("int8"), labels=("one",))
 
 
 def test_settings_are_refused_by_option_before_torch_is_imported():

@@ -46,6 +46,52 @@ class TestRoofline:
             2.22, abs=0.005
         )
 
+    @pytest.mark.parametrize(
+        ("kind", "layers", "num_drafts", "length", "speedup"),
+        [
+            # A / (1 + K * c), c = draft bytes / full bytes: README's formula.
+            ("none", 8, 12, 9.27, 9.27 / (1 + 12 * 0.26449)),
+            ("fp8", 8, 12, 9.27, 9.27 / (1 + 12 * 0.26449 / 2)),
+            ("int8", 8, 12, 9.27, 9.27 / (1 + 12 * 0.26449 / 2)),
+            ("int4", 8, 12, 9.27, 9.27 / (1 + 12 * 0.26449 * 4.3125 / 16)),
+            ("int4", 32, 4, 3.8, 3.8 / (1 + 4 * 4.3125 / 16)),
+        ],
+    )
+    def test_a_twins_bytes_are_those_of_its_weights(
+        self, kind, layers, num_drafts, length, speedup
+    ):
+        decoding = Decoding("layerskip", layers, num_drafts, length, draft_quantization=kind)
+        roofline = Roofline(SHAPES["llama-2-7b"], BYTES_ONLY)
+        assert roofline.speedup(decoding, 1, 0) == pytest.approx(speedup, rel=1e-3)
+
+    def test_a_twin_reuses_nothing_and_keeps_the_width_of_kv(self):
+        roofline = Roofline(SHAPES["llama-2-7b"], H200)
+        plain, twin = (
+            Decoding("layerskip", 8, 12, 9.27, draft_quantization=kind) for kind in ("none", "int8")
+        )
+        assert plain.reuses_exit_states
+        assert not twin.reuses_exit_states
+        # K/V alone: as many bytes, so nothing is won where they are all.
+        alone = Roofline(replace(SHAPES["llama-2-7b"], intermediate_size=1), BYTES_ONLY)
+        assert alone.step_s(twin, 1, 1e9) == pytest.approx(alone.step_s(plain, 1, 1e9), rel=1e-3)
+        # FLOPs decide: the first layers run for every token.
+        without = replace(plain, mode="layerskip-no-reuse")
+        late = roofline.step_s(twin, 4096, 0) - 12 * roofline.stage_s(
+            8, 4096 * 32000, 4096, 4096, 0, "int8"
+        )
+        full = roofline.step_s(without, 4096, 0) - 12 * roofline.stage_s(
+            8, 4096 * 32000, 4096, 4096, 0
+        )
+        assert late == pytest.approx(full)
+
+    def test_in_float32_a_twin_is_a_reference_at_full_width(self):
+        roofline = Roofline(SHAPES["llama-2-7b"], BYTES_ONLY, "float32")
+        steps = {
+            roofline.step_s(Decoding("layerskip", 8, 4, 3.0, draft_quantization=kind), 1, 100)
+            for kind in ("none", "int4")
+        }
+        assert len(steps) == 1
+
     def test_plain_7b_on_an_h200(self):
         """13.2 GB of weights without the embedding, at 4.8 TB/s: 363 tokens/s."""
         roofline = Roofline(SHAPES["llama-2-7b"], H200)

@@ -26,6 +26,7 @@ OURS = {
     f"{PREFIX}num_verify_steps_reused",
     f"{PREFIX}num_verify_steps_full",
     f"{PREFIX}num_draft_tokens_per_pos",
+    f"{PREFIX}draft_memory_bytes",
     f"{PREFIX}config_info",
 }
 
@@ -84,28 +85,39 @@ def step(scheduler, totals, stats):
     return counts
 
 
+def steps(*arguments):
+    """The verify steps that ``step`` took off."""
+    return step(*arguments)[:2]
+
+
+def test_memory_is_handed_on_once_and_again_by_a_new_worker(scheduler):
+    assert step(scheduler, (1, 0, 64, 4096, 7), drafted(3)) == (1, 0, 64, 4096, 7)
+    assert step(scheduler, (2, 0, 64, 4096, 7), drafted(3)) == (1, 0, 0, 0, 0)
+    assert step(scheduler, (1, 0, 64, 4096, 7), drafted(3)) == (1, 0, 64, 4096, 7)
+
+
 def test_a_step_hands_on_what_the_worker_added_since_the_last(scheduler):
-    assert step(scheduler, (1, 0), drafted(3)) == (1, 0)
-    assert step(scheduler, (1, 2), drafted(3, 1)) == (0, 2)
-    assert step(scheduler, (5, 2), drafted(3, 3)) == (4, 0)
+    assert steps(scheduler, (1, 0), drafted(3)) == (1, 0)
+    assert steps(scheduler, (1, 2), drafted(3, 1)) == (0, 2)
+    assert steps(scheduler, (5, 2), drafted(3, 3)) == (4, 0)
 
 
 def test_steps_without_draft_statistics_are_told_with_the_next(scheduler):
     step(scheduler, (1, 0), drafted(3))
-    assert step(scheduler, (2, 0), None) == (0, 0)
-    assert step(scheduler, (3, 1), "off") == (0, 0)
-    assert step(scheduler, (3, 2), drafted(2)) == (2, 2)
+    assert steps(scheduler, (2, 0), None) == (0, 0)
+    assert steps(scheduler, (3, 1), "off") == (0, 0)
+    assert steps(scheduler, (3, 2), drafted(2)) == (2, 2)
 
 
 def test_a_worker_that_starts_again_counts_from_zero(scheduler):
     step(scheduler, (7, 4), drafted(3))
-    assert step(scheduler, (2, 1), drafted(3)) == (2, 1)
+    assert steps(scheduler, (2, 1), drafted(3)) == (2, 1)
 
 
 def test_outputs_without_counts_pass_unchanged(scheduler):
     stats = drafted(3, 2)
     before = copy.deepcopy(stats)
-    assert step(scheduler, (), stats) == (0, 0)
+    assert steps(scheduler, (), stats) == (0, 0)
     assert stats == before
 
 
@@ -133,7 +145,7 @@ def test_a_workers_output_carries_its_totals(monkeypatch, asynchronous):
     for _ in range(2):
         step_counts.send_from_workers()
     assert runner.sample_tokens(None) is sent
-    assert getattr(output, step_counts._TOTALS) == (4, 2)
+    assert getattr(output, step_counts._TOTALS)[:2] == (4, 2)
 
 
 def test_a_plain_engines_output_in_the_same_process_carries_nothing():
@@ -148,9 +160,13 @@ def test_a_plain_engines_output_in_the_same_process_carries_nothing():
 
 
 def samples(prefix=PREFIX):
-    """Values of the registry's series by name and, where it has them, position and engine."""
+    """Values of the registry's series by name and, where it has them, engine and one label more."""
     return {
-        (sample.name, sample.labels.get("engine"), sample.labels.get("position")): sample.value
+        (
+            sample.name,
+            sample.labels.get("engine"),
+            sample.labels.get("position", sample.labels.get("of")),
+        ): sample.value
         for metric in prometheus_client.REGISTRY.collect()
         for sample in metric.samples
         if metric.name.startswith(prefix) and not sample.name.endswith("_created")
@@ -167,7 +183,7 @@ def names():
 
 def record(manager, stats, counts, engine):
     stats = copy.deepcopy(stats)
-    stats.num_draft_tokens_per_pos.extend(counts)
+    stats.num_draft_tokens_per_pos.extend(StepCounts(*counts))
     manager.record(
         scheduler_stats=SchedulerStats(spec_decoding_stats=stats),
         iteration_stats=IterationStats(),
@@ -179,7 +195,7 @@ def test_series_of_each_engine_are_what_it_recorded(engine_config):
     manager = StatLoggerManager(engine_config(REQUEST), engine_idxs=[0, 1])
     assert names() == OURS
     assert all(value == 0 for (name, *_), value in samples().items() if name.endswith("_total"))
-    record(manager, drafted(3, 3, 1), (1, 0), engine=0)
+    record(manager, drafted(3, 3, 1), (1, 0, 0, 4096, 7), engine=0)
     record(manager, drafted(2), (0, 1), engine=1)
     record(manager, drafted(3), (2, 1), engine=0)
     manager.record(SchedulerStats(), None, engine_idx=0)
@@ -192,6 +208,10 @@ def test_series_of_each_engine_are_what_it_recorded(engine_config):
             key = (f"{PREFIX}num_draft_tokens_per_pos_total", engine, str(position))
             assert values[key] == count
         assert values[f"{PREFIX}config_info", engine, None] == 1
+    memory = f"{PREFIX}draft_memory_bytes"
+    assert values[memory, "0", "twin_layers"] == 4096  # Of the first message, which alone has it.
+    assert values[memory, "0", "draft_head"] == 7
+    assert values[memory, "0", "exit_states"] == values[memory, "1", "twin_layers"] == 0
     vllms = samples("vllm:spec_decode")
     assert vllms["vllm:spec_decode_num_draft_tokens_total", "0", None] == 10
     assert vllms["vllm:spec_decode_num_drafts_total", "1", None] == 1

@@ -14,9 +14,16 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from unit.training.training_runs import config, losses, settings, write_checkpoint, write_texts
+from unit.training.training_runs import (
+    config,
+    draft_settings,
+    losses,
+    settings,
+    write_checkpoint,
+    write_texts,
+)
 from vllm_layerskip.errors import UserError
-from vllm_layerskip.training.config import Source
+from vllm_layerskip.training.config import Source, TrainConfig
 from vllm_layerskip.training.run import train
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
@@ -43,7 +50,7 @@ def alone(folder):
 def two_processes(folder):
     """``start(name, options, **sections)``: two processes of torchrun, two samples each."""
 
-    def start(name, options=(), **sections):
+    def start(name, options=(), settings=settings, **sections):
         training = {"per_device_train_batch_size": 2, **sections.pop("training", {})}
         values = settings(
             folder / name,
@@ -74,7 +81,7 @@ def two_processes(folder):
             env={**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")},
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        return folder / name / "model"
+        return Path(values["output"]["folder"])
 
     return start
 
@@ -93,6 +100,24 @@ def _assert_same_run(one, other):
 
 def test_two_processes_of_ddp_train_as_one(alone, two_processes):
     _assert_same_run(alone, two_processes("ddp", **SAME_BATCH))
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_draft_adapter_as_one(folder, two_processes):
+    plan = draft_settings(folder / "draft", folder / "base", folder / "texts.jsonl")
+    alone = train(TrainConfig.from_dict(plan))
+    together = two_processes("draft-ddp", settings=draft_settings)
+    expected = losses(alone.with_name("adapter.run"))
+    assert losses(together.with_name("adapter.run")) == pytest.approx(expected, rel=2e-5)
+    weights = load_file(alone / "adapter_model.safetensors")
+    others = load_file(together / "adapter_model.safetensors")
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, others[name], rtol=1e-3, atol=2e-4)
+    records = [
+        json.loads((made / "layerskip_adapter.json").read_text()) for made in (alone, together)
+    ]
+    assert records[0]["base_digest"] == records[1]["base_digest"]
 
 
 @pytest.mark.slow

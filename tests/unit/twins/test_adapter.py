@@ -390,7 +390,7 @@ def test_a_sibling_of_the_base_model_is_refused(tmp_path):
     read(write(tmp_path / "other", record={"exit_layer": 2}), base_folder=sibling)
 
 
-# Files that change.
+# Values, and files that change.
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -399,12 +399,18 @@ def test_values_that_are_not_finite_are_refused_when_they_are_read(tmp_path, val
     tensors = weights() | {NORM: torch.full((32,), value)}
     tensors[name][0, 0] = value
     found = AdapterWeights(read(write(tmp_path, tensors=tensors)))
+    with pytest.raises(ValueError, match="not finite"):
+        found.check_finite()
     with pytest.raises(ValueError, match="lora_B.weight.*not finite.*another adapter") as error:
         found.delta(Q_PROJ)
     assert str(tmp_path) in str(error.value)
     with pytest.raises(ValueError, match="norm.weight.*not finite"):
         found.final_norm()
     assert found.delta("model.layers.1.self_attn.q_proj") is not None
+
+
+def test_finite_values_pass(tmp_path):
+    AdapterWeights(read(write(tmp_path))).check_finite()
 
 
 def test_files_that_have_changed_since_they_were_checked(tmp_path):

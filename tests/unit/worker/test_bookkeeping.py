@@ -124,6 +124,8 @@ class Speculator(LayerSkipSpeculator):
         self.model = SimpleNamespace(
             run_early_stage=self._run_early_stage, exit_norm=lambda hidden, residual: hidden
         )
+        self.exit_model, self.draft_twin = self.model, None
+        self.speculative_config = SimpleNamespace(reuse_exit_states=True)
         self.passes: list[list[tuple[int, int, int, int] | None]] = []
         """For each pass and row: (position, slot, length, token); None for a row that is out."""
 

@@ -25,6 +25,8 @@ from torch import nn
 
 KV = tuple[torch.Tensor, torch.Tensor]
 """Keys and values, each ``[B, H, T, D]``."""
+Change = Callable[[nn.Module, dict[str, Any]], dict[str, Any]]
+"""An attention's arguments, changed."""
 
 
 class _Cache:
@@ -44,6 +46,9 @@ class TargetKV:
         """Takes the layers that draft; each has its attention in ``self_attn``."""
         self._attentions: list[nn.Module] = [layer.self_attn for layer in layers]  # type: ignore[misc]
         self._kv: dict[nn.Module, KV] = {}
+        self._change: Change | None = None
+        for attention in self._attentions:
+            attention.register_forward_pre_hook(self._hook, with_kwargs=True)
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -52,19 +57,20 @@ class TargetKV:
         Raises:
             TypeError: an attention did not show its K/V.
         """
-        self._kv.clear()
 
-        def cache_of(attention: nn.Module) -> _Cache:
-            def record(keys: torch.Tensor, values: torch.Tensor) -> KV:
+        def record(attention: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+            def keep(keys: torch.Tensor, values: torch.Tensor) -> KV:
                 self._kv[attention] = keys.detach(), values.detach()
                 return keys, values
 
-            return _Cache(record)
+            return kwargs | {"past_key_values": _Cache(keep)}
 
-        with self._hooked(
-            lambda attention, kwargs: kwargs | {"past_key_values": cache_of(attention)}
-        ):
+        self.forget()
+        self._change = record
+        try:
             yield
+        finally:
+            self._change = None
         for attention in self._attentions:
             if attention not in self._kv:
                 raise TypeError(
@@ -72,9 +78,11 @@ class TargetKV:
                     "adapters cannot be trained for such a model."
                 )
 
-    @contextmanager
-    def attended(self, num_speculative_tokens: int, offset: int) -> Iterator[None]:
-        """Within this block positions attend to the recorded K/V before their draft step.
+    def attend(self, num_speculative_tokens: int, offset: int) -> None:
+        """From now on positions attend to the recorded K/V before their draft step.
+
+        Until the next recording, and not for one forward pass: gradient checkpointing runs the
+        layers again in the backward pass.
 
         Args:
             num_speculative_tokens: K, the length of a step.
@@ -82,45 +90,32 @@ class TargetKV:
         """
         mask = _Mask(num_speculative_tokens, offset)
 
-        def cache_of(attention: nn.Module) -> _Cache:
+        def join(attention: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
             before_keys, before_values = self._kv[attention]
 
-            def join(keys: torch.Tensor, values: torch.Tensor) -> KV:
+            def joined(keys: torch.Tensor, values: torch.Tensor) -> KV:
                 return (
                     torch.cat([before_keys.to(keys.dtype), keys], 2),
                     torch.cat([before_values.to(values.dtype), values], 2),
                 )
 
-            return _Cache(join)
-
-        def changed(attention: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
             eager = attention.config._attn_implementation == "eager"  # type: ignore[union-attr]
-            num_tokens = self._kv[attention][0].shape[2]
-            device = self._kv[attention][0].device
-            own = kwargs["attention_mask"]
-            return kwargs | {
-                "past_key_values": cache_of(attention),
-                "attention_mask": mask.widen(own, num_tokens, device, eager),
-            }
-
-        with self._hooked(changed):
-            yield
-
-    @contextmanager
-    def _hooked(
-        self, change: Callable[[nn.Module, dict[str, Any]], dict[str, Any]]
-    ) -> Iterator[None]:
-        handles = [
-            attention.register_forward_pre_hook(
-                lambda module, args, kwargs: (args, change(module, kwargs)), with_kwargs=True
+            seen = mask.widen(
+                kwargs["attention_mask"], before_keys.shape[2], before_keys.device, eager
             )
-            for attention in self._attentions
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+            return kwargs | {"past_key_values": _Cache(joined), "attention_mask": seen}
+
+        self._change = join
+
+    def forget(self) -> None:
+        """Let go of the K/V: positions attend to their own again."""
+        self._kv.clear()
+        self._change = None
+
+    def _hook(
+        self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, kwargs if self._change is None else self._change(attention, kwargs)
 
 
 class _Mask:

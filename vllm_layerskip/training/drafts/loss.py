@@ -154,14 +154,11 @@ class DraftLoss:
 
     @contextmanager
     def applied(self, num_speculative_tokens: int, offset: int) -> Iterator[None]:
-        """Within this block the model's forward is that of drafts; see ``TargetKV.attended``."""
+        """Within this block the model's forward is that of drafts; see ``TargetKV.attend``."""
         model = self.target.causal_lm
+        self.target.kv.attend(num_speculative_tokens, offset)
         try:
-            with (
-                replaced_loss(model, self._loss),
-                around_layers(model, self._around),
-                self.target.kv.attended(num_speculative_tokens, offset),
-            ):
+            with replaced_loss(model, self._loss), around_layers(model, self._around):
                 yield
         finally:
             self._state = None

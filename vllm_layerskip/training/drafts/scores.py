@@ -78,6 +78,7 @@ def score(trainer: DraftTrainer, samples: Dataset) -> dict[str, Any]:
             matches["after"] += _matches(trainer, inputs)
     finally:
         model.train(was_training)
+        trainer.target.kv.forget()
     found = {name: summarize(rows, counted).to_dict() for name, rows in matches.items()}
     return {
         "num_speculative_tokens": num_drafts,

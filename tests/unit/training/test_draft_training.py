@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Catch draft adapters that learn nothing, that change the frozen model, or that serving and peft
+cannot read."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+
+from unit.training.training_runs import (
+    assert_same,
+    config,
+    draft_settings,
+    losses,
+    settings,
+    write_checkpoint,
+)
+from vllm_layerskip.errors import UserError
+from vllm_layerskip.training.config import TrainConfig
+from vllm_layerskip.training.drafts.loss import TargetPass, compare
+from vllm_layerskip.training.drafts.scores import summarize
+from vllm_layerskip.training.drafts.trainer import DraftTrainer
+from vllm_layerskip.training.rank import train_here
+from vllm_layerskip.training.run import train
+from vllm_layerskip.twins.adapter import AdapterWeights, read_draft_adapter
+from vllm_layerskip.twins.digest import checkpoint_digest
+
+pytestmark = pytest.mark.usefixtures("one_thread", "cache")
+
+EXIT_LAYER = 2
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("base"), initializer_range=0.2)
+
+
+@pytest.fixture
+def make(tmp_path, base, texts):
+    """``make(**sections)``: the config of an adapter that is written below ``tmp_path``."""
+    return lambda **sections: TrainConfig.from_dict(
+        draft_settings(tmp_path, base, texts, **sections)
+    )
+
+
+def weights_of(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def record_of(folder):
+    return json.loads((folder / "layerskip_adapter.json").read_text())
+
+
+LONGER = {"max_steps": 60, "learning_rate": 1e-2, "logging_steps": 10, "save_steps": 60}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, base, texts):
+    """A run that has time to learn: its folder, and the trainer it leaves."""
+    folder = tmp_path_factory.mktemp("run")
+    recipe = {"distill": "both", "final_norm": True}
+    values = draft_settings(folder, base, texts, recipe=recipe, training=LONGER)
+    trainers = []
+    train_here(TrainConfig.from_dict(values), prepare=trainers.append)
+    return folder / "adapter", trainers[0]
+
+
+def test_agreement_with_the_last_layer_rises(run):
+    scores = record_of(run[0])["scores"]
+    assert scores["after"]["agreement"] > scores["before"]["agreement"] + 0.1
+    assert scores["after"]["acceptance_length"] > scores["before"]["acceptance_length"]
+
+
+def test_a_teacher_that_says_something_else_teaches_nothing(make, monkeypatch):
+    """The negative control: its states, but those of other positions."""
+    own = TargetPass.run
+
+    def shuffled(self, model, inputs):
+        own(self, model, inputs)
+        if model.training:
+            order = torch.randperm(len(self.states), generator=torch.Generator().manual_seed(0))
+            self.states = self.states[order]
+
+    monkeypatch.setattr(TargetPass, "run", shuffled)
+    shorter = {**LONGER, "max_steps": 30}
+    scores = record_of(train(make(recipe={"distill": "both"}, training=shorter)))["scores"]
+    assert scores["after"]["agreement"] <= scores["before"]["agreement"] + 0.05
+
+
+def test_without_a_learning_rate_nothing_changes(make):
+    folder = train(make(training={"learning_rate": 0.0}))
+    scores = record_of(folder)["scores"]
+    assert scores["after"] == scores["before"]
+    assert all(not w.any() for name, w in weights_of(folder).items() if "lora_B" in name)
+
+
+def test_the_frozen_model_is_what_it_was_bit_for_bit(run, base):
+    stored = load_file(base / "model.safetensors")
+    inside = {
+        name.replace(".base_layer", "").replace("norm.original_module", "norm"): weight
+        for name, weight in run[1].causal_lm.state_dict().items()
+        if "lora_" not in name and "modules_to_save" not in name and name != "lm_head.weight"
+    }
+    assert_same(inside, stored)
+
+
+def test_only_layers_before_the_exit_have_adapters(run):
+    names = {name.removeprefix("base_model.model.") for name in weights_of(run[0])}
+    linear = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up")
+    assert names == {"model.norm.weight"} | {
+        f"model.layers.{layer}.{module}_proj.lora_{part}.weight"
+        for layer in range(EXIT_LAYER)
+        for module in (*linear, "mlp.down")
+        for part in "AB"
+    }
+
+
+def test_peft_reads_the_folder_and_predicts_what_was_trained(run, base):
+    folder, trainer = run
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(model, folder).eval()
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        trained = trainer.model.eval()(ids).logits
+        torch.testing.assert_close(loaded(ids).logits, trained)
+        with loaded.disable_adapter():
+            plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)(ids).logits
+            assert torch.equal(loaded(ids).logits, plain)
+        assert not torch.equal(trained, plain)
+
+
+def test_serving_reads_the_folder_and_merges_what_was_trained(run, base):
+    folder, trainer = run
+    adapter = read_draft_adapter(
+        folder,
+        "--draft-adapter adapter",
+        hf_config=AutoConfig.from_pretrained(base),
+        base_name=str(base),
+        num_layers=4,
+        base_folder=base,
+        exit_layer=EXIT_LAYER,
+    )
+    assert (adapter.exit_layer, adapter.num_layers) == (EXIT_LAYER, EXIT_LAYER)
+    weights = AdapterWeights(adapter)
+    modules = dict(trainer.causal_lm.named_modules())
+    assert len(weights.module_names) == 7 * EXIT_LAYER
+    for name in weights.module_names:
+        torch.testing.assert_close(
+            weights.delta(name), modules[name].get_delta_weight("default").detach()
+        )
+    norm = modules["model.norm"].modules_to_save["default"].weight
+    assert torch.equal(weights.final_norm(), norm.detach())
+    assert not torch.equal(norm, modules["model.norm"].original_module.weight)
+
+
+def test_the_record_and_the_card_say_what_it_is_for(run, base):
+    record, card = record_of(run[0]), (run[0] / "README.md").read_text()
+    assert record["base_model"] == str(base)
+    assert record["base_digest"] == checkpoint_digest(base)
+    assert record["exit_layer"] == EXIT_LAYER
+    for text in (str(base), record["base_digest"], "E = 2", "r = 16", "a final norm of its own"):
+        assert text in card
+    assert f"{record['scores']['after']['agreement']:.1%}" in card
+    assert f"--exit-layer {EXIT_LAYER} --draft-adapter adapter" in card
+    assert {path.name for path in run[0].iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "layerskip_adapter.json",
+    }
+
+
+@pytest.mark.parametrize("distill", ["kl", "argmax", "both"])
+def test_what_is_learnt_is_what_the_recipe_says(make, tmp_path, distill):
+    train(make(recipe={"distill": distill}, training={"max_steps": 1}))
+    history = json.loads((tmp_path / "adapter.run" / "trainer_state.json").read_text())
+    logged = history["log_history"][0]
+    kl, cross_entropy = logged["kl"], logged["argmax_loss"]
+    expected = {"kl": kl, "argmax": cross_entropy, "both": kl + cross_entropy}[distill]
+    assert logged["loss"] == pytest.approx(expected, rel=0.05)  # Labels of first tokens count.
+    assert 0 <= logged["agreement"] <= 1
+    assert logged["tokens_per_s"] > 0
+    assert logged["peak_memory_gib"] > 0
+
+
+def test_the_comparison_is_the_formula_and_its_chunks_make_no_difference(base):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    drafts = torch.randn(20, 32, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(20, 32, dtype=torch.float64)
+    positions = torch.tensor([1, 2, 5, 8, 13, 19])
+    kl, cross_entropy, matches = compare(model, drafts, target, positions, chunk_tokens=4)
+    (kl + cross_entropy).backward()
+    gradient, drafts.grad = drafts.grad, None
+
+    own = model.lm_head(model.model.norm(drafts[positions])).log_softmax(-1)
+    taught = model.lm_head(target[positions]).log_softmax(-1)
+    expected_kl = (taught.exp() * (taught - own)).sum()
+    expected = -own[torch.arange(6), taught.argmax(-1)].sum()
+    tolerance = {"rtol": 1e-4, "atol": 1e-5, "check_dtype": False}  # It computes in float32.
+    torch.testing.assert_close(kl, expected_kl, **tolerance)
+    torch.testing.assert_close(cross_entropy, expected, **tolerance)
+    assert torch.equal(matches, own.argmax(-1) == taught.argmax(-1))
+    (expected_kl + expected).backward()
+    torch.testing.assert_close(gradient, drafts.grad, **tolerance)
+    assert not gradient[0].any()
+    assert isinstance(model.model.norm, type(model.model.layers[0].input_layernorm))
+
+
+def test_drafts_run_no_layer_after_the_exit(make, monkeypatch):
+    """Per step one pass of the frozen model runs all layers, one of drafts the first E."""
+    calls = [0] * 4
+    trainers = []
+
+    def count(trainer):
+        trainers.append(trainer)
+        for index, layer in enumerate(trainer.causal_lm.model.layers):
+            layer.mlp.register_forward_hook(
+                lambda *_args, index=index: calls.__setitem__(index, calls[index] + 1)
+            )
+
+    monkeypatch.setattr("vllm_layerskip.training.drafts.run.score", lambda *_args: SCORES)
+    train_here(make(training={"max_steps": 3}), prepare=count)
+    assert calls == [6, 6, 3, 3]
+
+
+SCORES = {
+    "num_speculative_tokens": 3,
+    "num_tokens": 1,
+    "before": {"agreement": 0.0, "acceptance_length": 1.0},
+    "after": {"agreement": 0.0, "acceptance_length": 1.0},
+}
+
+
+def test_texts_to_evaluate_on_are_what_it_is_scored_on(make, texts, tmp_path):
+    folder = train(make(data={"eval": {"files": [str(texts)], "max_samples": 5}}))
+    scores = record_of(folder)["scores"]
+    assert (scores["num_samples"], scores["num_tokens"]) == (5, 5 * 31)
+    history = json.loads((tmp_path / "adapter.run" / "trainer_state.json").read_text())
+    evaluated = [entry for entry in history["log_history"] if "eval_loss" in entry][-1]
+    assert evaluated["eval_agreement"] == pytest.approx(scores["after"]["agreement"], abs=0.05)
+    assert evaluated["eval_loss"] == pytest.approx(evaluated["eval_kl"], rel=0.05)
+
+
+def test_a_single_sample_leaves_nothing_to_score_on(make):
+    with pytest.raises(UserError, match=r"data.train: it makes one sample.*data.eval"):
+        train(make(data={"train": {"files": make().data.train.files, "max_samples": 1}}))
+
+
+# --- Scores
+
+
+def test_a_walk_through_matches_by_hand():
+    """K = 2: row 0 has the drafts where steps begin at even positions, row 1 at odd ones."""
+    matches = np.array([[1, 1, 0, 1, 1, 1, 0], [0, 1, 1, 0, 1, 1, 0]], dtype=bool)
+    # From 0: both of (0, 1) match, 3 tokens. From 3: row 1 misses at 3, 1 token. From 4: row 0 has
+    # both of (4, 5), 3 tokens. Position 7 is the end.
+    scores = summarize([matches], [np.ones(7, dtype=bool)])
+    assert scores.acceptance_length == pytest.approx((3 + 1 + 3) / 3)
+    assert scores.agreement == pytest.approx(9 / 14)
+    # Two responses: (0, 1), then from 3 a miss, from 4 two matches.
+    counted = np.array([1, 1, 0, 1, 1, 1, 0], dtype=bool)
+    assert summarize([matches], [counted]).acceptance_length == pytest.approx((3 + 1 + 3) / 3)
+    short = np.array([1, 0, 0, 0, 0, 0, 0], dtype=bool)
+    assert np.isnan(summarize([matches], [short]).acceptance_length)
+
+
+# --- As other runs
+
+
+class _Interrupt(TrainerCallback):
+    def on_step_end(self, _args, state, _control, **_kwargs):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(make, tmp_path):
+    sections = {"recipe": {"final_norm": True}, "lora": {"r": 4, "lora_dropout": 0.1}}
+    whole = train(make(**sections, output={"folder": str(tmp_path / "whole")}))
+    with pytest.raises(KeyboardInterrupt):
+        train_here(make(**sections), prepare=lambda trainer: trainer.add_callback(_Interrupt()))
+    with pytest.raises(UserError, match="recipe.distill was 'kl' and is 'both'"):
+        train(make(**{**sections, "recipe": {"distill": "both"}}), resume=True)
+    resumed = train(make(**sections), resume=True)
+    assert losses(tmp_path / "adapter.run") == losses(tmp_path / "whole.run")
+    assert_same(weights_of(resumed), weights_of(whole))
+    for name in ("adapter_config.json", "layerskip_adapter.json"):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_other_ways_to_train_give_the_same_adapter(make, tmp_path):
+    plain = train(make())
+    for name, training, tolerance in (
+        ("bf16", {"bf16": True}, 2e-2),
+        ("checkpointing", {"gradient_checkpointing": True}, 1e-4),
+        ("accumulated", {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}, 1e-4),
+    ):
+        other = train(make(training=training, output={"folder": str(tmp_path / name)}))
+        expected = losses(tmp_path / "adapter.run")
+        assert losses(tmp_path / f"{name}.run") == pytest.approx(expected, rel=tolerance), name
+        assert weights_of(other).keys() == weights_of(plain).keys()
+
+
+# --- Mistakes
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        (
+            {"recipe": {"target": "drafts"}},
+            "recipe.target='drafts' must be one of 'whole', 'frozen'",
+        ),
+        ({"recipe": {"target": ["frozen"]}}, "recipe.target=.* must be one of"),
+        ({"recipe": {"target": "whole"}}, "recipe.exit_layer belongs to recipe.target='frozen'"),
+        (
+            {"recipe": {"max_layer_dropout": 0.1}},
+            "recipe.max_layer_dropout belongs to recipe.target='whole'",
+        ),
+        ({"recipe": {"distil": "kl"}}, "recipe.distil is no key.*Did you mean distill"),
+        ({"recipe": {"distill": "mse"}}, "recipe.distill='mse' must be one of 'kl', 'argmax'"),
+        ({"recipe": {"exit_layer": 0}}, r"recipe.exit_layer=0 \(E\) must be at least 1"),
+        ({"recipe": {"exit_layer": 4}}, r"recipe.exit_layer=4 \(E\) must be in 1..3"),
+        ({"recipe": {"exit_layer": "all"}}, "recipe.exit_layer='all' must be an integer"),
+        ({"recipe": {"num_speculative_tokens": 0}}, r"num_speculative_tokens=0 \(K\) must be"),
+        ({"output": {"exit_layer": 2}}, "output.exit_layer goes into .*Use recipe.exit_layer"),
+        ({"output": {"num_speculative_tokens": 2}}, "Use recipe.num_speculative_tokens"),
+        ({"lora": {"r": 0}}, "lora: "),
+        ({"lora": {"use_dora": True}}, "lora.use_dora must be one of lora_alpha, .*merges plain"),
+        ({"lora": {"layers_to_transform": [3]}}, "lora.layers_to_transform must be one of"),
+        ({"lora": {"target_modules": ["q_proj", "qproj"]}}, "lora.target_modules=.*q_proj"),
+        ({"lora": {"target_modules": []}}, "lora.target_modules=.*must name linear layers"),
+        (
+            {"model": {"attn_implementation": "flash_attention_2"}},
+            "model.attn_implementation='flash_attention_2' must be one of 'sdpa', 'eager'",
+        ),
+        (
+            {"model": {"path": None, "model_type": "llama", "tokenizer": "x"}},
+            "model.path is missing: recipe.target='frozen'",
+        ),
+    ],
+)
+def test_a_mistake_is_told_before_the_model_is_loaded(make, sections, expected, monkeypatch):
+    monkeypatch.setattr(
+        "vllm_layerskip.training.rank.load_model", lambda *_args: pytest.fail("loaded")
+    )
+    with pytest.raises(UserError, match=expected):
+        train(make(**sections))
+
+
+def test_what_is_missing_is_named(tmp_path, base, texts):
+    values = settings(tmp_path, base, texts)
+    values |= {"recipe": {"target": "frozen"}, "output": {"folder": str(tmp_path / "adapter")}}
+    with pytest.raises(UserError, match="recipe.exit_layer is missing"):
+        TrainConfig.from_dict(values)
+
+
+def test_a_config_survives_its_own_dictionary(make):
+    plan = make(lora={"r": 4}, recipe={"final_norm": True})
+    assert TrainConfig.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_whole_is_the_default_target(tmp_path, base, texts):
+    plan = config(tmp_path, base, texts)
+    assert config(tmp_path, base, texts, recipe={"target": "whole"}) == plan
+
+
+def test_the_trainer_refuses_what_would_bypass_its_loss(run):
+    trainer = run[1]
+    with pytest.raises(ValueError, match="exit_layer=4"):
+        DraftTrainer(
+            model=trainer.model,
+            args=trainer.args,
+            recipe=type(trainer.recipe)(exit_layer=4),
+        )
