@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_layerskip.config.options import LayerSkipOptions
-from vllm_layerskip.twins.kinds import NONE
+from vllm_layerskip.twins.kinds import KINDS, NONE
 
 _ELSE = "Change it, or use another speculative method."
 
@@ -169,12 +169,38 @@ def check_twin(options: LayerSkipOptions, model_config: Any, engine_args: Any) -
             "the target's layers, and drafts of other weights would be accepted less with each of "
             f"them. Set {option.partition('=')[0]} to 'none', or leave LoRA out."
         )
-    if model_config.quantization is not None:
-        raise ValueError(
-            f"speculative_config: {option} cannot go with a quantised target (quantization="
-            f"{model_config.quantization!r}): a draft twin is made from weights of full width. "
-            f"Set {option.partition('=')[0]} to 'none', or serve the original checkpoint."
-        )
+    _check_bits(options, option, model_config)
+
+
+def _check_bits(options: LayerSkipOptions, option: str, model_config: Any) -> None:
+    """Refuse a twin of a quantised target, unless it has fewer bits and no adapter."""
+    if model_config.quantization is None:
+        return
+    if options.draft_adapter is not None:
+        why = "an adapter is merged into weights of full width"
+    else:
+        bits = _bits_of_target(model_config)
+        kind = KINDS[options.draft_quantization]
+        if bits is not None and kind.bits < bits:
+            return
+        many = "an unknown number of bits" if bits is None else f"{bits} bits"
+        why = f"it has {many}, and {kind.bits} bits would not be fewer"
+    raise ValueError(
+        f"speculative_config: {option} cannot go with this quantised target (quantization="
+        f"{model_config.quantization!r}): {why}. Set {option.partition('=')[0]} to 'none', or "
+        "serve the original checkpoint."
+    )
+
+
+def _bits_of_target(model_config: Any) -> int | None:
+    """Bits of a quantised checkpoint's linear weights; None if its config does not say."""
+    if "fp8" in model_config.quantization or "int8" in model_config.quantization:
+        return 8
+    config = getattr(model_config.hf_config, "quantization_config", None) or {}
+    groups = config.get("config_groups") or {}
+    weights = [(group or {}).get("weights") or {} for group in groups.values()]
+    named = (config.get("bits"), config.get("w_bit"), *(w.get("num_bits") for w in weights))
+    return min((bits for bits in named if isinstance(bits, int)), default=None)
 
 
 def settings_without_reuse(engine_args: Any) -> tuple[str, ...]:

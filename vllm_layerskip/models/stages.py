@@ -257,7 +257,13 @@ class LayerSkipForCausalLM(ExitHead, Decoder, nn.Module):
         it here.
         """
         if self.draft_twin is not None:
-            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
+            # By name, as vLLM calls it: some families take no more by position.
+            return super().forward(
+                input_ids,
+                positions,
+                intermediate_tensors=intermediate_tensors,
+                inputs_embeds=inputs_embeds,
+            )
         plan = current_verify_plan()
         if plan is None:
             hidden_states, residual = self.run_early_stage(input_ids, positions, inputs_embeds)

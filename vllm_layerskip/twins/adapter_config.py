@@ -36,7 +36,7 @@ _HARMLESS = frozenset(
         "qalora_group_size",
     }
 )  # fmt: skip
-_OFF = (None, False, "none", "", [], {})
+_OFF: tuple[Any, ...] = (None, False, "none", "", [], {})
 _REFUSED = {
     "use_dora": "DoRA scales each output by its norm",
     "bias": "trained biases are not merged",

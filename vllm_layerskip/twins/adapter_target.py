@@ -103,7 +103,7 @@ def target_of(hf_config: Any, name: str, num_layers: int) -> Target:
             f"transformers builds no model from the config of {name!r} ({error}), so that no "
             "adapter for it can be checked. Leave the adapter out."
         ) from None
-    linears = {
+    linears: dict[str, Shape] = {
         path: (module.out_features, module.in_features)
         for path, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and layer_of(path) is not None

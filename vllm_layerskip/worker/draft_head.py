@@ -73,7 +73,9 @@ class DraftHead:
         model.register_buffer("layerskip_draft_token_ids", self.token_ids, persistent=False)
         with device:
             self.lm_head = _empty_head(model.lm_head, len(draft_vocab))
-            self._twin = None if kind == NONE else twin_of_head(self.lm_head, kind)
+            self._twin = None
+            if kind != NONE:
+                self._twin = twin_of_head(self.lm_head, kind, model.lm_head.weight.dtype)
         head = self.lm_head if self._twin is None else self._twin.module
         self._sliced_model = with_head(exit_model or model, head)
         # [S, V]; outside of the draft vocabulary -inf: a probability of 0.

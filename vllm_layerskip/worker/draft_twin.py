@@ -46,16 +46,12 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.model_executor.layers.linear import (
-    LinearBase,
-    QKVParallelLinear,
-    UnquantizedLinearMethod,
-)
+from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
 
 from vllm_layerskip.config.layerskip_config import LayerSkipConfig
 from vllm_layerskip.twins.adapter import AdapterWeights
 from vllm_layerskip.twins.kinds import NONE
-from vllm_layerskip.worker.lm_heads import require_plain_head, with_head
+from vllm_layerskip.worker.lm_heads import is_plain_head, with_head
 from vllm_layerskip.worker.twin_linear import TwinLinear, twin_of_head
 from vllm_layerskip.worker.twin_methods import USUAL_SIZE, kinds_that_work, twin_method
 
@@ -81,6 +77,7 @@ class DraftTwin:
     def __init__(self, model: Any, vllm_config: VllmConfig) -> None:
         config = vllm_config.speculative_config
         assert isinstance(config, LayerSkipConfig)
+        self._config = config
         self.kind = config.draft_quantization
         self._model = model
         self._dtype = vllm_config.model_config.dtype
@@ -112,10 +109,10 @@ class DraftTwin:
         self.exit_model = self._exit_model()
 
     def _head(self) -> TwinLinear | None:
-        """The LM head in the twin's kind; None if its size fits no kernel."""
-        source = f"speculative_config: draft_quantization={self.kind!r}"
-        require_plain_head(self._model.lm_head, source, "draft_quantization")
-        return twin_of_head(self._model.lm_head, self.kind)
+        """The LM head in the twin's kind; None for the target's own."""
+        if not is_plain_head(self._model.lm_head):
+            return None  # A quantised checkpoint's, which has few bits already.
+        return twin_of_head(self._model.lm_head, self.kind, self._dtype)
 
     def _require_kernels(self) -> None:
         try:
@@ -148,15 +145,8 @@ class DraftTwin:
         adapted = self._adapted(linear, name)
         if self.kind == NONE and adapted is None:
             return linear
-        if not isinstance(linear.quant_method, UnquantizedLinearMethod):
-            raise ValueError(
-                f"speculative_config: a draft twin is made from plain weights, and {name} of this "
-                f"model is kept in the format of {type(linear.quant_method).__name__}. Use a "
-                "checkpoint that is not quantised, or leave draft_quantization and draft_adapter "
-                "out."
-            )
         try:
-            twin = TwinLinear(linear, self.kind, adapted)
+            twin = TwinLinear(linear, self.kind, self._dtype, adapted)
         except (ValueError, NotImplementedError) as error:
             if adapted is None:
                 logger.warning_once(
@@ -166,7 +156,7 @@ class DraftTwin:
                 )
                 self.num_full_width += 1
                 return linear
-            twin = TwinLinear(linear, NONE, adapted)
+            twin = TwinLinear(linear, NONE, self._dtype, adapted)
         self.linears.append(twin)
         return twin.module
 
@@ -222,7 +212,8 @@ class DraftTwin:
             self._warn_if_slower()
 
     def _log(self) -> None:
-        adapter = "" if self._adapter is None else f", with the adapter {self._adapter.digest}"
+        config = self._config.draft_adapter
+        adapter = "" if config is None else f", with the adapter {config.digest}"
         shared = f"; {self.num_full_width} share the target's" if self.num_full_width else ""
         logger.info_once(
             "LayerSkip's draft twin: %d linear layers%s (%s: %s)%s; extra memory: %d bytes of "
@@ -278,8 +269,7 @@ class DraftTwin:
             )
             return
         linear = max(self.linears, key=lambda linear: linear.shape[0] * linear.shape[1])
-        weight = next(iter(linear.module._parameters.values()), None)
-        device = linear.target.weight.device if weight is None else weight.device
+        device = next(linear.module.parameters()).device
         x = torch.randn(1, linear.shape[1], device=device).to(self._dtype)
         twin_s = _seconds(lambda: linear.module.quant_method.apply(linear.module, x))
         target_s = _seconds(lambda: linear.target.quant_method.apply(linear.target, x))

@@ -10,6 +10,13 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 
+def is_plain_head(lm_head: Any) -> bool:
+    """Whether an LM head is a plain matrix whose rows can be read."""
+    return isinstance(
+        lm_head.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod
+    ) and lm_head.weight.shape == (lm_head.num_embeddings_per_partition, lm_head.embedding_dim)
+
+
 def require_plain_head(lm_head: Any, source: str, option: str) -> None:
     """Check that drafts may have an LM head of their own, made from the model's.
 
@@ -20,10 +27,7 @@ def require_plain_head(lm_head: Any, source: str, option: str) -> None:
     Raises:
         ValueError: the LM head is no plain matrix.
     """
-    plain = isinstance(
-        lm_head.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod
-    ) and lm_head.weight.shape == (lm_head.num_embeddings_per_partition, lm_head.embedding_dim)
-    if not plain:
+    if not is_plain_head(lm_head):
         raise ValueError(
             f"{source} needs the rows of the LM head, and this model keeps it in the format of "
             f"{type(lm_head.quant_method).__name__}. Set {option}='none' "

@@ -65,7 +65,6 @@ class TwinMethod(LinearMethodBase):
     def create_weights(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("a twin's weights are made from the target's: see make_weights")
 
-    @torch.no_grad()
     def make_weights(
         self,
         layer: nn.Module,
@@ -73,6 +72,13 @@ class TwinMethod(LinearMethodBase):
         bias: torch.Tensor | None,  # [N]
     ) -> None:
         """Make ``layer``'s tensors from a weight, in place if it has them already."""
+        # A draft step runs in inference mode, and its tensors could not be written later.
+        with torch.inference_mode(False), torch.no_grad():
+            self._make_weights(layer, weight, bias)
+
+    def _make_weights(
+        self, layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
         made = nn.Module()
         # Kernels of vLLM may change a layer's bias; this one is the twin's own.
         made.register_parameter("bias", None if bias is None else _parameter(bias.clone()))

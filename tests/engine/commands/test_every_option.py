@@ -73,16 +73,16 @@ def _all_answered(folder: Path, num_tokens: int) -> bool:
 
 def write_adapter(folder: Path) -> None:
     """A draft adapter of the checkpoint's first layer."""
-    hidden_size = json.loads((EMBEDDED / "config.json").read_text())["hidden_size"]
-    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
-    shapes = {"A": (2, hidden_size), "B": (hidden_size, 2)}
+    config = json.loads((EMBEDDED / "config.json").read_text())
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
+    shapes = {"A": (2, config["hidden_size"]), "B": (config["intermediate_size"], 2)}
     folder.mkdir()
     save_file(
         {name.format(part): torch.full(shape, 0.01) for part, shape in shapes.items()},
         folder / "adapter_model.safetensors",
     )
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    lora = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["up_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(lora))
 
 
 def _drafted(printed: str) -> bool:

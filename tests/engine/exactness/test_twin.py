@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 
 import pytest
+import torch
 from checkpoints import random_llama
 from engines import EnginePool
 from families import FAMILIES, WINDOW, random_checkpoint
@@ -204,23 +205,35 @@ def test_one_token_left_after_a_hit_while_another_request_runs(engine, plain, pr
 
 def test_one_token_left_of_a_resumed_request(engine, plain, prompts):
     """Preempted between its drafts and their verification, and back with all but one token."""
-    batch = {"preempted": prompts[0], "running": prompts[3]}
-    expected = dict(zip(batch, plain.greedy(list(batch.values()), max_tokens=150), strict=True))
-    engine.reset_prefix_cache()
-    scheduler, tokens, num_preempted = engine.scheduler, {}, 0
-    with recorded_batches(engine) as batches, speculating(engine):
-        for name, prompt in batch.items():
-            engine.start(name, prompt, max_tokens=150)
-        while engine.llm.llm_engine.has_unfinished_requests():
-            tokens.update(engine.step())
-            mine = [r for r in scheduler.running if r.request_id.startswith("preempted")]
-            if mine and mine[0].num_tokens % BLOCK_SIZE == 1 and len(scheduler.running) == 2:
-                scheduler.running.remove(mine[0])
-                scheduler._preempt_request(mine[0], time.monotonic(), drop_stale_output=True)
-                num_preempted += 1
-    assert tokens == expected
+    num_preempted = num_padded = 0
+    # A step gives some four tokens: not every length meets the end of a block.
+    for length in (33, 32, 31, 30):
+        batch = {"preempted": prompts[0][:length], "running": prompts[3]}
+        expected = plain.greedy(list(batch.values()), max_tokens=90)
+        engine.reset_prefix_cache()
+        with recorded_batches(engine) as batches, speculating(engine):
+            for name, prompt in batch.items():
+                engine.start(name, prompt, max_tokens=90)
+            tokens = {}
+            while engine.llm.llm_engine.has_unfinished_requests():
+                tokens.update(engine.step())
+                num_preempted += preempt_at_the_end_of_a_block(engine.scheduler)
+        assert [tokens[name] for name in batch] == expected
+        num_padded += padded_rows(batches, 2)
+        if num_padded:
+            break
     assert num_preempted > 0
-    assert padded_rows(batches, 2) > 0
+    assert num_padded > 0
+
+
+def preempt_at_the_end_of_a_block(scheduler) -> bool:
+    """Whole blocks are in the prefix cache then, so that one token is left."""
+    mine = [r for r in scheduler.running if r.request_id.startswith("preempted")]
+    if not mine or mine[0].num_tokens % BLOCK_SIZE != 1 or len(scheduler.running) != 2:
+        return False
+    scheduler.running.remove(mine[0])
+    scheduler._preempt_request(mine[0], time.monotonic(), drop_stale_output=True)
+    return True
 
 
 # Positions, schedules and windows.
@@ -379,3 +392,86 @@ def test_every_family_drafts_with_all_its_layers_in_four_bits(few_engines, tmp_p
     assert (twin.num_full_width, twin.head is None) == (0, False)
     assert len(twin.linears) == 4 * 4, "four linear layers in each of four decoder layers"
     assert counts.num_accepted_tokens > 0.3 * counts.num_draft_tokens
+
+
+# K/V.
+
+
+def blocks_of(engine) -> dict[str, list[int]]:
+    """The K/V blocks of each running request, by the name that the test gave it."""
+    manager = engine.scheduler.kv_cache_manager
+    return {
+        request.request_id.rsplit("-", 1)[0]: manager.get_block_ids(request.request_id)[0]
+        for request in engine.scheduler.running
+    }
+
+
+def kv_of(engine, blocks) -> torch.Tensor:
+    """``[L, len(blocks), ...]``: a copy of all layers' K/V in these blocks."""
+    num_blocks = engine.vllm_config.cache_config.num_gpu_blocks
+    caches = engine.runner.kv_caches
+    dim = list(caches[0].shape).index(num_blocks)
+    return torch.stack([cache.movedim(dim, 0)[blocks].clone() for cache in caches])
+
+
+def run_until(engine, prompts, num_tokens, after_step=lambda: None):
+    """(tokens, K/V of whole committed blocks) of each request, none of them at its end."""
+    for name, prompt in prompts.items():
+        engine.start(name, prompt, max_tokens=400)
+    tokens = dict.fromkeys(prompts, [])
+    while min(map(len, tokens.values())) < num_tokens:
+        tokens.update(engine.step())
+        after_step()
+    found = {}
+    for name, blocks in blocks_of(engine).items():
+        num_whole = (len(prompts[name]) + num_tokens - 1) // BLOCK_SIZE
+        found[name] = kv_of(engine, blocks[:num_whole])
+    for name in prompts:
+        engine.abort(name)
+    return {name: tokens[name][:num_tokens] for name in prompts}, found
+
+
+def unverified_blocks(engine, seen):
+    """Adds to ``seen`` the K/V of blocks whose last position has only a twin's K/V.
+
+    That position's token is the one that was sampled last, so it is certain; the positions before
+    it are verified. Each is kept under its request and the block's number in the request.
+    """
+    for request in engine.scheduler.running:
+        name = request.request_id.rsplit("-", 1)[0]
+        if request.num_output_tokens and request.num_tokens % BLOCK_SIZE == 0:
+            number = request.num_tokens // BLOCK_SIZE - 1
+            seen[name, number] = kv_of(engine, [blocks_of(engine)[name][number]])[:, 0]
+
+
+ROUNDING = 1e-4
+"""Of float32: rows of a verify step and of a decode are sums in another order."""
+
+
+@pytest.mark.parametrize("exit_layer", [2, ALL])
+def test_verification_overwrites_a_twins_kv_in_every_layer(pool, random_checkpoint, exit_layer):
+    settings = {"max_model_len": 512, "block_size": BLOCK_SIZE, "enable_prefix_caching": False}
+    prompts = {str(length): [0, *range(3, 2 + length)] for length in (5, 20, 39, 50)}
+    expected_tokens, expected = run_until(pool.get(random_checkpoint, **settings), prompts, 210)
+    engine = twin_engine(pool, random_checkpoint, exit_layer, 4, **settings)
+    unverified: dict[tuple[str, int], torch.Tensor] = {}
+    with speculating(engine) as counts:
+        tokens, verified = run_until(
+            engine, prompts, 210, lambda: unverified_blocks(engine, unverified)
+        )
+    assert tokens == expected_tokens
+    assert counts.num_drafts > 200
+    assert counts.num_draft_tokens - counts.num_accepted_tokens > 100
+    for name, kv in verified.items():
+        assert kv.shape[:2] == (4, (len(prompts[name]) + 209) // BLOCK_SIZE)
+        torch.testing.assert_close(kv, expected[name], rtol=ROUNDING, atol=ROUNDING)
+    # The control: before verification, the K/V of the layers that draft were not the target's.
+    unverified = {
+        (name, number): kv
+        for (name, number), kv in unverified.items()
+        if number < verified[name].shape[1]
+    }
+    assert len(unverified) >= 3
+    for (name, number), kv in unverified.items():
+        errors = (kv - expected[name][:, number]).flatten(1).abs().amax(1)
+        assert (errors[:2] > 100 * ROUNDING).all(), errors

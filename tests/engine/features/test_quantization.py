@@ -22,13 +22,14 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from engines import ON_GPU
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
-from vllm import SamplingParams
+from vllm import EngineArgs, SamplingParams
 from vllm.inputs import TokensPrompt
 
 EXIT_LAYER, NUM_LAYERS, NUM_DRAFTS = 2, 4, 3
 GROUP_SIZE = 128
 NEAR_TIE = 0.2
 """Nats; a token of another layer or scale is off by whole nats."""
+GATE_UP = ("gate", "up")
 PROMPTS = [[0, *range(3, 3 + length)] for length in (4, 21, 40)]
 
 Tensors = dict[str, torch.Tensor]
@@ -301,3 +302,42 @@ def test_other_weights_are_told_apart(pool, checkpoint_of, name):
     expected, actual = plain.greedy(PROMPTS, 40), other.greedy(PROMPTS, 40)
     with pytest.raises(AssertionError):
         assert_equal_up_to_near_ties(plain, PROMPTS, expected, actual)
+
+
+@pytest.mark.parametrize("name", [case for case in cases() if case.values[0] in ("int8", "fp8")])
+def test_a_twin_of_fewer_bits_drafts_for_a_quantised_target(pool, checkpoint_of, name):
+    """Its weights come from what the target's own quantised layers compute."""
+    scheme = SCHEMES[name]
+    model, settings = checkpoint_of(scheme, late_gain=0.3), settings_of(scheme)
+    plain = pool.get(model, **settings)
+    expected = plain.greedy(PROMPTS, 40)
+    engine = pool.layerskip(
+        model, NUM_LAYERS, NUM_DRAFTS, spec={"draft_quantization": "int4"}, **settings
+    )
+    assert_quantized(engine, scheme)
+    twin = engine.runner.model.draft_twin
+    assert len(twin.linears) == NUM_LAYERS * 4
+    original = load_file(checkpoint_of(Scheme(), late_gain=0.3) / "model.safetensors")
+    for linear, layer in zip(twin.linears[2::4], range(NUM_LAYERS), strict=True):
+        gate, up = (original[f"model.layers.{layer}.mlp.{name}_proj.weight"] for name in GATE_UP)
+        weight, seen = torch.cat([gate, up]), linear._responses().float()
+        assert (seen - weight).norm() < 0.04 * weight.norm()  # Eight bits of it.
+    with engine.counting() as counts:
+        actual = engine.greedy(PROMPTS, 40)
+    assert_equal_up_to_near_ties(plain, PROMPTS, expected, actual)
+    counts.assert_speculated()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("int8", "int8"), ("int8", "fp8"), ("int4", "int4"), ("gptq", "int8")]
+)
+def test_a_twin_without_fewer_bits_is_refused(checkpoint_of, name, kind):
+    spec = {"method": "layerskip", "exit_layer": "all", "draft_quantization": kind}
+    args = EngineArgs(
+        str(checkpoint_of(SCHEMES[name], late_gain=0.3)),
+        skip_tokenizer_init=True,
+        speculative_config={**spec, "num_speculative_tokens": 2},
+    )
+    with pytest.raises(ValueError, match=f"draft_quantization='{kind}' cannot go with this") as e:
+        args.create_engine_config()
+    assert "bits would not be fewer. Set draft_quantization to 'none'" in str(e.value)

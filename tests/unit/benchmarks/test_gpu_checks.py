@@ -252,7 +252,9 @@ class TestCheckGraphs:
         check.args = SimpleNamespace(dtype="float32", max_tokens=4)
         monkeypatch.setattr(check, "_start", lambda *args: None)
         monkeypatch.setattr(graph_engines, "count_replays", lambda llm: {})
-        monkeypatch.setattr(graph_engines, "read_counters", lambda llm: SpecDecodeCounters())
+        monkeypatch.setattr(
+            graph_engines, "read_counters", lambda llm: SpecDecodeCounters(1, 1, 1, (1,), 1, 0)
+        )
         monkeypatch.setattr(
             graph_engines, "answer",
             lambda *args, **kwargs: replace(self.PLAIN, seconds=next(seconds)),

@@ -343,8 +343,10 @@ class TestSteps:
             [argument.replace("{seconds}", "60") for argument in arguments]
         )
         names = [one.name for one in table_from(args)]
-        assert names == ["plain-k12", "layerskip-e8-k12-int4", "layerskip-e32-k4-int4",
-                         "layerskip-e8-k12", "layerskip-e8-k12-fp8", "layerskip-e32-k4-fp8"]  # fmt: skip
+        assert names == [
+            "plain-k12", "layerskip-e8-k12-int4", "layerskip-e32-k4-int4", "layerskip-e8-k12",
+            "layerskip-e8-k12-fp8", "layerskip-e32-k4-fp8",
+        ]  # fmt: skip
         assert args.batch_sizes == [1, 8, 32]
         assert "bfloat16" in check.command
 

@@ -86,6 +86,59 @@ BAD = [
         for value in (0, "5", False, None)
     ],
 ]
+BAD += [
+    *[
+        (
+            {"draft_quantization": value},
+            None,
+            (f"{USER}draft_quantization={value!r}", "'int4', 'int8', 'fp8', 'none'", "'auto'"),
+        )
+        for value in ("int2", "INT4", 4, True, "", ["int4"])
+    ],
+    (
+        {},
+        {**BLOCK, "draft_quantization": "int3"},
+        (f"{FILE}draft_quantization='int3'", "'int4'", "--draft-quantization none"),
+    ),
+    *[
+        ({"exit_layer": value}, None, (f"exit_layer={value!r}", "draft_quantization", "'int8'"))
+        for value in ("all", NUM_LAYERS)
+    ],
+    *[
+        (
+            {"exit_layer": value, "draft_quantization": "int8"},
+            None,
+            (f"exit_layer={value!r} must be an integer from 1 to 4", "'all' for every layer"),
+        )
+        for value in (0, NUM_LAYERS + 1, "last", 2.0, True)
+    ],
+    *[
+        (
+            {"reuse_exit_states": True, key: value},
+            None,
+            ("reuse_exit_states=True cannot go with", f"{key}={value!r}", "Leave"),
+        )
+        for key, value in (("draft_quantization", "int4"), ("draft_adapter", "folder"))
+    ],
+    (
+        {"reuse_exit_states": True},
+        {**BLOCK, "draft_quantization": "fp8"},
+        (f"cannot go with {FILE}draft_quantization='fp8'",),
+    ),
+    *[
+        ({"draft_adapter": value}, None, (f"{USER}draft_adapter={value!r}", "folder of a LoRA"))
+        for value in ("", 3, True)
+    ],
+    *[
+        ({}, {"draft_adapter": value}, (f"{FILE}draft_adapter={value!r}", "--draft-adapter none"))
+        for value in ("/a", "../a", 3)
+    ],
+    (
+        {"exit_layer": "auto"},
+        None,
+        ("--exit-layer all --draft-quantization int4", "not trained for early exit"),
+    ),
+]
 
 
 def _id(value):
@@ -221,3 +274,33 @@ def test_a_schedule_is_accepted_only_if_vllm_accepts_it(schedule):
     except ValueError:
         return
     assert ours == validate_and_normalize_dynamic_sd_schedule(schedule)
+
+
+@pytest.mark.parametrize(
+    ("changes", "block", "expected"),
+    [
+        ({}, None, ("none", None, False)),
+        ({"draft_quantization": "int4"}, None, ("int4", None, True)),
+        ({"draft_quantization": "auto"}, {"draft_quantization": "int4"}, ("int4", None, True)),
+        ({"draft_quantization": None}, {"draft_quantization": "int4"}, ("int4", None, True)),
+        ({}, {"draft_quantization": "fp8", "draft_adapter": "a"}, ("fp8", ("a", True), True)),
+        ({"draft_quantization": "none"}, {"draft_quantization": "int4"}, ("none", None, False)),
+        ({"draft_quantization": "int8"}, {"draft_quantization": "int4"}, ("int8", None, True)),
+        ({"draft_adapter": "b"}, {"draft_adapter": "a"}, ("none", ("b", False), True)),
+        ({"draft_adapter": "none"}, {"draft_adapter": "a"}, ("none", None, False)),
+    ],
+)
+def test_a_twin_is_the_requests_or_the_checkpoints(changes, block, expected):
+    options = resolve_options(GOOD | changes, NUM_LAYERS, block)
+    adapter = options.draft_adapter
+    found = adapter and (adapter.path, adapter.in_checkpoint)
+    assert (options.draft_quantization, found, options.has_twin) == expected
+    assert options.reuse_exit_states is not options.has_twin
+
+
+@pytest.mark.parametrize("value", ["all", NUM_LAYERS])
+def test_all_layers_may_draft_in_fewer_bits(value):
+    changes = {"exit_layer": value, "draft_quantization": "int4"}
+    assert resolve_options(GOOD | changes, NUM_LAYERS, None).exit_layer == NUM_LAYERS
+    block = {"exit_layer": value, "num_speculative_tokens": 4, "draft_quantization": "int4"}
+    assert resolve_options({"model": "[self]"}, NUM_LAYERS, block).exit_layer == NUM_LAYERS
