@@ -12,11 +12,12 @@ EXTENSION = "twin_worker.TwinWorkerExtension"
 
 class TwinWorkerExtension(CountingWorkerExtension):
     def step_counts(self) -> dict[str, Any]:
-        from twins import outputs
+        from twins import outputs, rounding_error
 
         twin = self.model_runner.model.draft_twin
         return super().step_counts() | {
             "shapes": [list(linear.shape) for linear in twin.linears],
+            "errors": [rounding_error(linear, twin.kind) for linear in twin.linears],
             "sums": [float(outputs(linear).double().abs().sum()) for linear in twin.linears],
-            "num_bytes": twin.num_bytes,
+            "num_exit_state_bytes": twin._model.draft_state.exit_states.num_bytes,
         }

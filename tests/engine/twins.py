@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from engines import Engine, EnginePool, SpecCounts
 
+from vllm_layerskip.twins.rounding import round_trip
 from vllm_layerskip.worker import twin_linear
 from vllm_layerskip.worker.draft_twin import DraftTwin
 from vllm_layerskip.worker.twin_linear import TwinLinear
@@ -79,3 +80,18 @@ def outputs(linear: TwinLinear) -> torch.Tensor:
     device = linear.target.weight.device
     inputs = torch.eye(linear.shape[1], dtype=linear.method.dtype, device=device)
     return linear.method.apply(linear.module, inputs)
+
+
+@torch.inference_mode()
+def target_weight(linear: TwinLinear) -> torch.Tensor:
+    """``[N, M]``: the weight of the target's layer, also where vLLM has packed it (float32)."""
+    device = linear.target.weight.device
+    inputs = torch.eye(linear.shape[1], dtype=linear.method.dtype, device=device)
+    return linear.target.quant_method.apply(linear.target, inputs).t()
+
+
+def rounding_error(linear: TwinLinear, kind: str) -> float:
+    """How far a reference twin's layer is from the target's weight, rounded to ``kind``."""
+    weight = target_weight(linear)
+    assert not torch.equal(weight, round_trip(weight, kind))
+    return float((outputs(linear).t() - round_trip(weight, kind)).abs().max())

@@ -2,10 +2,10 @@
 """A transformers model turned into its draft twin: every layer's weights rounded or adapted.
 
 A twin of all L layers has the twins of every exit in it. What it tells of drafts in an engine is an
-approximation. There a draft attends to what the *target* wrote for earlier positions, and only for
-the positions of its own step to what the twin wrote; here it is the twin's at every position, so
-an engine accepts as many drafts or more. Kernels may round activations, too (int4 on a CPU); here
-they are not rounded.
+approximation. There a draft attends to what the *target* wrote at earlier positions, and to what
+the twin wrote only at the positions of its own step; here it is the twin's at every position, so an
+engine accepts about as many drafts, or a few more. Kernels may round activations, too; here they
+are not rounded.
 """
 
 from __future__ import annotations

@@ -47,11 +47,16 @@ _GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
 _DRAFT_GRAPHS = "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils"
 _MODEL_STATE = "vllm.v1.worker.gpu.model_states.default:DefaultModelState"
 _SPECULATOR = "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator"
+_LINEAR = "vllm.model_executor.layers.linear"
+_KERNELS = "vllm.model_executor.kernels.linear"
+_QUANT = "vllm.model_executor.layers.quantization.utils.quant_utils"
+_PARAMETER = "vllm.model_executor.parameter"
 _REJECTION = "vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils"
 
 _METHODS = "vLLM lets a plugin register a speculative method"
 _FLAGS = "vLLM lets a plugin add engine arguments"
 _STATISTICS = "vLLM carries a plugin's statistics from workers to loggers"
+_TWINS = "vLLM lets a plugin see weights before they are packed"
 _CPU_KERNELS = "vLLM's CPU build has kernels of its own for Model Runner V2"
 _LOGPROBS = "vLLM's rejection sampler reads logprob_token_ids"
 _INTERPRETER = "vLLM runs Triton's interpreter on a CPU by itself"
@@ -156,7 +161,7 @@ CONTACTS: tuple[HostContact, ...] = (
                 "pads the draft head as vLLM pads a head"),
     HostContact(f"{_HEAD}:UnquantizedEmbeddingMethod.process_weights_after_loading", "called",
                 "worker", "runs after the rows are copied", ("self", "layer")),
-    HostContact("vllm.model_executor.layers.linear:UnquantizedLinearMethod", "read", "worker",
+    HostContact(f"{_LINEAR}:UnquantizedLinearMethod", "read", "worker",
                 "marks a plain LM head, as UnquantizedEmbeddingMethod does"),
     HostContact("vllm.model_executor.layers.logits_processor:LogitsProcessor.get_top_tokens",
                 "called", "worker", "runs on a copy with the draft head's vocabulary sizes",
@@ -166,6 +171,65 @@ CONTACTS: tuple[HostContact, ...] = (
     HostContact("vllm.transformers_utils.repo_utils:get_hf_file_bytes", "called", "front end",
                 "reads a draft vocabulary from a checkpoint on the model hub",
                 ("file_name", "model", "revision")),
+    # The draft twin.
+    HostContact(f"{_LINEAR}:LinearBase", "read", "worker",
+                "marks the layers of which a twin has others"),
+    HostContact(f"{_LINEAR}:LinearBase.__init__", "read", "worker",
+                "sets quant_method, which a twin's layer replaces",
+                ("self", "input_size", "output_size")),
+    HostContact(f"{_LINEAR}:QKVParallelLinear", "read", "worker",
+                "names its shards q, k and v, where an adapter's parts go"),
+    HostContact(f"{_LINEAR}:LinearMethodBase", "subclassed", "worker",
+                "computes a twin's linear layers"),
+    HostContact(f"{_LINEAR}:LinearMethodBase.apply", "overridden", "worker",
+                "runs one of vLLM's kernels on a twin's weights", ("self", "layer", "x", "bias")),
+    HostContact(f"{_LINEAR}:UnquantizedLinearMethod.apply", "called", "worker",
+                "runs a twin's layers of full width", ("self", "layer", "x", "bias")),
+    HostContact(f"{_LINEAR}:UnquantizedLinearMethod.process_weights_after_loading", "wrapped",
+                "worker", "makes the twin's weight before vLLM packs the target's",
+                ("self", "layer"), remove_when=_TWINS),
+    HostContact(f"{_KERNELS}:MPLinearLayerConfig", "called", "worker",
+                "describes a twin's 4-bit layer",
+                ("full_weight_shape", "partition_weight_shape", "weight_type", "act_type",
+                 "group_size", "zero_points")),
+    HostContact(f"{_KERNELS}:choose_mp_linear_kernel", "called", "worker",
+                "chooses the kernel of 4-bit weights", ("config",)),
+    HostContact(f"{_KERNELS}:init_int8_linear_kernel", "called", "worker",
+                "chooses the kernel of 8-bit integers",
+                ("is_channelwise", "is_static_input_scheme", "input_symmetric", "module_name")),
+    HostContact(f"{_KERNELS}:init_fp8_linear_kernel", "called", "worker",
+                "chooses the kernel of FP8 weights",
+                ("activation_quant_key", "weight_quant_key", "input_dtype", "out_dtype",
+                 "weight_shape", "module_name")),
+    HostContact(f"{_KERNELS}.mixed_precision.MPLinearKernel:MPLinearKernel.__init__", "called",
+                "worker", "takes the names of a layer's tensors",
+                ("self", "c", "w_q_param_name", "w_s_param_name", "w_zp_param_name")),
+    HostContact(f"{_KERNELS}.mixed_precision.MPLinearKernel:MPLinearKernel.apply_weights",
+                "called", "worker", "multiplies by 4-bit weights", ("self", "layer", "x", "bias")),
+    HostContact(f"{_KERNELS}.mixed_precision.MPLinearKernel:"
+                "MPLinearKernel.process_weights_after_loading", "called", "worker",
+                "repacks compressed-tensors' format", ("self", "layer")),
+    HostContact(f"{_KERNELS}.scaled_mm.ScaledMMLinearKernel:ScaledMMLinearKernel.apply_weights",
+                "called", "worker", "multiplies by 8-bit weights", ("self", "layer", "x", "bias")),
+    HostContact(f"{_KERNELS}.scaled_mm.ScaledMMLinearKernel:"
+                "ScaledMMLinearKernel.process_weights_after_loading", "called", "worker",
+                "repacks 8-bit weights", ("self", "layer")),
+    HostContact(f"{_QUANT}:pack_quantized_values_into_int32", "called", "worker",
+                "packs 4-bit values", ("w_q", "wtype", "packed_dim")),
+    *(
+        HostContact(f"{_QUANT}:{name}", "read", "worker", "says how an FP8 twin has its scales")
+        for name in ("kFp8DynamicTensorSym", "kFp8DynamicTokenSym", "kFp8StaticChannelSym",
+                     "kFp8StaticTensorSym")
+    ),
+    HostContact(f"{_PARAMETER}:PackedvLLMParameter.__init__", "called", "worker",
+                "holds packed values, with the layout that kernels look for",
+                ("self", "packed_factor", "packed_dim")),
+    HostContact(f"{_PARAMETER}:GroupQuantScaleParameter", "called", "worker",
+                "holds scales, with the layout that kernels look for"),
+    HostContact("vllm.scalar_type:scalar_types.uint4", "read", "worker", "4 bits, zero points"),
+    HostContact("vllm.scalar_type:scalar_types.uint4b8", "read", "worker", "4 bits, symmetric"),
+    HostContact("vllm.utils.torch_utils:set_default_torch_dtype", "called", "worker",
+                "repacks in the model's dtype, as at load", ("dtype",)),
     # CUDA graphs.
     HostContact(f"{_DRAFT_GRAPHS}:SpeculatorCudaGraphManager.__init__", "subclassed", "worker",
                 "fills _capture_descs, which we extend to every K in use",

@@ -4,7 +4,8 @@
 A measurement belongs to the settings that it was made under (model, prompts, engine, machine,
 code). The column ``settings`` holds a digest of them; rows with another digest stay in the file and
 are not used. The file is only appended to, a whole line at a time; a line that a crash cut off is
-dropped.
+dropped. Files from before there were draft twins lack the last two columns; the first row that is
+added gives them those.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from vllm_layerskip.errors import UserError
-from vllm_layerskip.tuning.grid import Cell
+from vllm_layerskip.files.whole import whole_file
+from vllm_layerskip.tuning.drafts import Draft
+from vllm_layerskip.tuning.grid import Cell, DraftCell
+from vllm_layerskip.twins.kinds import NONE
 
 CELLS_FILE = "cells.csv"
 
@@ -47,10 +51,21 @@ class Measurement:
     """A digest of each prompt's output tokens, separated by spaces."""
     start_s: float
     """What the engine took to start."""
+    draft_quantization: str = NONE
+    draft_adapter: str = NONE
+    """The digest of its content."""
 
     @property
     def cell(self) -> Cell:
         return self.exit_layer, self.num_speculative_tokens
+
+    @property
+    def draft(self) -> Draft:
+        return Draft(self.draft_quantization, self.draft_adapter)
+
+    @property
+    def draft_cell(self) -> DraftCell:
+        return DraftCell(self.draft, self.cell)
 
     def to_dict(self) -> dict[str, Any]:
         """Values by their names in files."""
@@ -58,8 +73,9 @@ class Measurement:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Measurement:
-        """The measurement that ``to_dict`` gave."""
-        return cls(**{field.name: values[_in_files(field.name)] for field in fields(cls)})
+        """The measurement that ``to_dict`` gave, also before there were draft twins."""
+        names = {field.name: _in_files(field.name) for field in fields(cls)}
+        return cls(**{name: values[key] for name, key in names.items() if key in values})
 
 
 def _in_files(name: str) -> str:
@@ -69,6 +85,8 @@ def _in_files(name: str) -> str:
 _TYPES = {_in_files(field.name): {"int": int, "float": float, "str": str}[str(field.type)]
           for field in fields(Measurement)}  # fmt: skip
 """Columns of the file, in its order."""
+_OLD_COLUMNS = [name for name in _TYPES if name not in ("draft_quantization", "draft_adapter")]
+"""Columns of files from before there were draft twins."""
 
 
 def output_digest(token_ids: Iterable[int]) -> str:
@@ -89,23 +107,24 @@ def load_measurements(path: Path) -> list[Measurement]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: it cannot be read ({error}). Choose another --results.") from None
     lines = content.splitlines(keepends=True)
-    if lines and next(csv.reader([lines[0]]), None) != list(_TYPES):
+    columns = next(csv.reader(lines[:1]), list(_TYPES))
+    if columns not in (list(_TYPES), _OLD_COLUMNS) or (lines and not lines[0].endswith("\n")):
         if len(lines) == 1 and not lines[0].endswith("\n"):
             return []  # Cut off within the header.
         raise UserError(
             f"{path}: this is no file of measured cells, or one of another version. Move it away, "
             "or choose another --results."
         )
-    return [found for line in lines[1:] if (found := _parse(line)) is not None]
+    return [found for line in lines[1:] if (found := _parse(line, columns)) is not None]
 
 
-def _parse(line: str) -> Measurement | None:
+def _parse(line: str, columns: Sequence[str]) -> Measurement | None:
     values = next(csv.reader([line]), [])
-    if not line.endswith("\n") or len(values) != len(_TYPES):
+    if not line.endswith("\n") or len(values) != len(columns):
         return None
     try:
         converted = {
-            name: kind(value) for (name, kind), value in zip(_TYPES.items(), values, strict=True)
+            name: _TYPES[name](value) for name, value in zip(columns, values, strict=True)
         }
     except ValueError:
         return None
@@ -115,6 +134,7 @@ def _parse(line: str) -> Measurement | None:
 def append_measurements(path: Path, measurements: Iterable[Measurement]) -> None:
     """Add rows; a cut-off last line goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _add_columns(path)
     lines = io.StringIO()
     writer = csv.DictWriter(lines, list(_TYPES), lineterminator="\n")
     content = path.read_bytes() if path.exists() else b""
@@ -130,10 +150,21 @@ def append_measurements(path: Path, measurements: Iterable[Measurement]) -> None
         os.fsync(file.fileno())
 
 
+def _add_columns(path: Path) -> None:
+    """Give a file from before there were draft twins the columns of today."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    if next(csv.reader(lines[:1]), None) != _OLD_COLUMNS:
+        return
+    old = [found for line in lines[1:] if (found := _parse(line, _OLD_COLUMNS)) is not None]
+    with whole_file(path) as draft:
+        draft.unlink(missing_ok=True)
+        append_measurements(draft, old)
+
+
 def least_disturbed(
     measurements: Iterable[Measurement],
 ) -> dict[tuple[Cell, int], Measurement]:
-    """The fastest measurement of each cell and batch size, by ((E, K), batch size).
+    """The fastest measurement of each cell of one draft, by ((E, K), batch size).
 
     A cell decodes the same steps in every round, and whatever else a machine does only slows them
     down. On a shared machine such a disturbance lasts for seconds to minutes: it hits a whole round

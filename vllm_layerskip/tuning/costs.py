@@ -13,6 +13,9 @@ token costs; ``layer`` is what drafting with one more layer costs, less that lay
 verified token, which reuse of exit states saves. The three numbers come from measured steps of a
 few (E, K), by least squares of the relative error, for each batch size by itself; so they contain
 overheads. Plain decoding is measured as it is.
+
+With a draft twin exit states are not reused: a verification runs all layers with K + 1 tokens, and
+``layer`` is what a layer of the twin costs. Each kind of twin has a fit of its own.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from vllm_layerskip.measuring.hardware import GPUS, find_by_part
 from vllm_layerskip.measuring.roofline import NUM_BYTES, Decoding, Roofline
 from vllm_layerskip.measuring.shapes import Shape
 from vllm_layerskip.tuning.grid import Cell
+from vllm_layerskip.twins.kinds import NONE
 
 _DAMPING = 1e-6
 """A small weight on the size of a solution, so that there is always exactly one."""
@@ -91,10 +95,16 @@ class RooflineCosts:
     context: float
     """Tokens a request has in its KV cache."""
     num_draft_vocab_ids: int | None = None
+    draft_quantization: str = NONE
+    """The kind of a draft twin."""
 
     def step_s(self, exit_layer: int, num_speculative_tokens: int, batch_size: int) -> float:
         decoding = Decoding(
-            "layerskip", exit_layer, num_speculative_tokens, draft_vocab=self.num_draft_vocab_ids
+            "layerskip",
+            exit_layer,
+            num_speculative_tokens,
+            draft_vocab=self.num_draft_vocab_ids,
+            draft_quantization=self.draft_quantization,
         )
         return self.roofline.step_s(decoding, batch_size, self.context)
 

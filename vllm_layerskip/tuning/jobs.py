@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from vllm_layerskip.tuning.grid import Cell
+from vllm_layerskip.tuning.drafts import Draft
+from vllm_layerskip.tuning.grid import DraftCell
 
 USER_ERROR = "user_error"
 """The key of a mistake of the user, in place of a job's results."""
@@ -25,6 +26,8 @@ class EngineSettings:
     draft_vocab: str | None = None
     """``draft_vocab`` of the request; None leaves it to the checkpoint."""
     kv_cache_memory_bytes: int | None = None
+    draft_adapters: Mapping[str, str] = field(default_factory=dict)
+    """The folder of each adapter, by the digest that a ``Draft`` names it with."""
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of ``LLM``; they override the others."""
 
@@ -57,9 +60,9 @@ class Workload:
 
 @dataclass(frozen=True)
 class CellJob:
-    """Cells (E, K) to measure one after another, an engine for each."""
+    """Cells to measure one after another, an engine for each."""
 
-    cells: tuple[Cell, ...]
+    cells: tuple[DraftCell, ...]
     engine: EngineSettings
     workload: Workload
     settings_digest: str
@@ -76,7 +79,7 @@ class CellJob:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CellJob:
         return cls(
-            cells=tuple((exit_layer, num_drafts) for exit_layer, num_drafts in values["cells"]),
+            cells=tuple(DraftCell(Draft(*draft), tuple(cell)) for draft, cell in values["cells"]),
             engine=EngineSettings(**values["engine"]),
             workload=Workload.from_dict(values["workload"]),
             settings_digest=values["settings_digest"],
@@ -85,13 +88,14 @@ class CellJob:
 
 @dataclass(frozen=True)
 class AgreementJob:
-    """Agreement statistics to make along a workload's greedy answers."""
+    """Agreement statistics to make along a workload's greedy answers, a file for each draft."""
 
     engine: EngineSettings
     workload: Workload
     settings_digest: str
     """What the statistics carry."""
-    exit_layers: tuple[int, ...]
+    exits: tuple[tuple[Draft, tuple[int, ...]], ...]
+    """The exit layers of each draft."""
     draft_vocab: tuple[int, ...] | None
     generator: str
     """``vllm`` or ``transformers``: what writes the greedy answers."""
@@ -106,7 +110,7 @@ class AgreementJob:
             engine=EngineSettings(**values["engine"]),
             workload=Workload.from_dict(values["workload"]),
             settings_digest=values["settings_digest"],
-            exit_layers=tuple(values["exit_layers"]),
+            exits=tuple((Draft(*draft), tuple(layers)) for draft, layers in values["exits"]),
             draft_vocab=None if draft_vocab is None else tuple(draft_vocab),
             generator=values["generator"],
         )

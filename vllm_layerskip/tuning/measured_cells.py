@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -14,10 +14,11 @@ from vllm_layerskip.tuning.cells import (
     load_measurements,
 )
 from vllm_layerskip.tuning.costs import MeasuredStep
-from vllm_layerskip.tuning.grid import PLAIN, Cell, Grid
+from vllm_layerskip.tuning.drafts import Draft
+from vllm_layerskip.tuning.grid import PLAIN_DECODING, Cell, DraftCell, Grid
 
-MeasureCells = Callable[[Sequence[Cell]], Iterable[Measurement]]
-"""Measures cells at all batch sizes; ``PLAIN`` is plain decoding."""
+MeasureCells = Callable[[Sequence[DraftCell]], Iterable[Measurement]]
+"""Measures cells at all batch sizes."""
 
 _FULL_ROUNDS = 2
 _FAR_BEHIND = 0.7
@@ -44,20 +45,27 @@ class MeasuredCells:
         ]
 
     @property
-    def fastest(self) -> dict[tuple[Cell, int], Measurement]:
-        """Each cell's fastest round, by ((E, K), batch size)."""
-        return least_disturbed(self.all_rounds)
+    def fastest(self) -> dict[tuple[DraftCell, int], Measurement]:
+        """Each cell's fastest round, by cell and batch size."""
+        by_draft: defaultdict[Draft, list[Measurement]] = defaultdict(list)
+        for found in self.all_rounds:
+            by_draft[found.draft].append(found)
+        return {
+            (found.draft_cell, size): found
+            for rows in by_draft.values()
+            for (_, size), found in least_disturbed(rows).items()
+        }
 
-    def missing(self, cells: Iterable[Cell], num_rounds: int = 1) -> list[Cell]:
+    def missing(self, cells: Iterable[DraftCell], num_rounds: int = 1) -> list[DraftCell]:
         """Cells with fewer than ``num_rounds`` measurements at a batch size."""
-        seen = Counter((found.cell, found.batch_size) for found in self.all_rounds)
+        seen = Counter((found.draft_cell, found.batch_size) for found in self.all_rounds)
         return [
             cell
             for cell in dict.fromkeys(cells)
             if any(seen[cell, batch_size] < num_rounds for batch_size in self.batch_sizes)
         ]
 
-    def measure(self, cells: Iterable[Cell], measure_cells: MeasureCells) -> None:
+    def measure(self, cells: Iterable[DraftCell], measure_cells: MeasureCells) -> None:
         """Have all of ``cells`` in the file; each measurement is in it as soon as it is made."""
         cells = list(cells)
         for num_rounds in range(1, self.rounds + 1):
@@ -72,7 +80,7 @@ class MeasuredCells:
         append_measurements(self.path, [measurement])
         self.all_rounds.append(measurement)
 
-    def _contenders(self, cells: Sequence[Cell], num_rounds: int) -> list[Cell]:
+    def _contenders(self, cells: Sequence[DraftCell], num_rounds: int) -> list[DraftCell]:
         """Cells that a round measures: all in the first two, then those that are not far slower."""
         if num_rounds <= _FULL_ROUNDS:
             return list(cells)
@@ -84,28 +92,29 @@ class MeasuredCells:
         return [
             cell
             for cell in cells
-            if cell == PLAIN
+            if cell == PLAIN_DECODING
             or any(speeds[cell, size] >= _FAR_BEHIND * best[size] for size in self.batch_sizes)
         ]
 
     def plain_s(self) -> dict[int, float]:
         """Seconds of a plain step by batch size."""
         fastest = self.fastest
-        return {size: fastest[PLAIN, size].step_ms / 1e3 for size in self.batch_sizes}
+        return {size: fastest[PLAIN_DECODING, size].step_ms / 1e3 for size in self.batch_sizes}
 
-    def steps(self, cells: Iterable[Cell]) -> list[MeasuredStep]:
+    def steps(self, draft: Draft, cells: Iterable[Cell]) -> list[MeasuredStep]:
         fastest = self.fastest
         return [
-            MeasuredStep(*cell, size, fastest[cell, size].step_ms / 1e3)
+            MeasuredStep(*cell, size, fastest[DraftCell(draft, cell), size].step_ms / 1e3)
             for cell in cells
             for size in self.batch_sizes
         ]
 
-    def speedups(self, grid: Grid) -> dict[tuple[int, int, int], float]:
-        """Measured speed-ups of the grid's cells over plain decoding, by (E, K, batch size)."""
+    def speedups(self, draft: Draft, grid: Grid) -> dict[tuple[int, int, int], float]:
+        """Measured speed-ups of a draft's cells over plain decoding, by (E, K, batch size)."""
         cells, fastest = set(grid.cells), self.fastest
+        plain = {size: fastest.get((PLAIN_DECODING, size)) for size in grid.batch_sizes}
         return {
-            (*cell, size): found.tokens_per_s / fastest[PLAIN, size].tokens_per_s
-            for (cell, size), found in fastest.items()
-            if cell in cells and size in grid.batch_sizes and (PLAIN, size) in fastest
+            (*found.cell, size): found.tokens_per_s / of_plain.tokens_per_s
+            for (_, size), found in fastest.items()
+            if found.draft == draft and found.cell in cells and (of_plain := plain.get(size))
         }

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from vllm_layerskip.twins.kinds import NONE
+
 ALL = -1
 """``num_measured`` for a full sweep."""
 
@@ -23,9 +25,13 @@ class GridSettings:
     """What may be chosen: numbers such as ``2-8`` or ``2,4,8``."""
 
     exit_layers: str | None = None
-    """None for all, 1 to L - 1."""
+    """``all`` is L; None for 1 to L - 1, and L where a twin of all layers may draft."""
     num_speculative_tokens: str = "1-8"
     batch_sizes: str = "1"
+    draft_quantizations: tuple[str, ...] = (NONE,)
+    """Kinds of numbers that drafts compute with: some of ``twins.kinds.CHOICES``."""
+    draft_adapters: tuple[str, ...] = (NONE,)
+    """Folders of adapters for the layers that draft; ``none`` for drafts without one."""
 
 
 @dataclass(frozen=True)

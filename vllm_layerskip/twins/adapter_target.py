@@ -97,7 +97,9 @@ def target_of(hf_config: Any, name: str, num_layers: int) -> Target:
 
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config))
+            model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(hf_config), trust_remote_code=False
+            )
     except (ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise ValueError(
             f"transformers builds no model from the config of {name!r} ({error}), so that no "

@@ -5,16 +5,19 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from vllm_layerskip.training.config import TrainConfig
+from vllm_layerskip.training.records import open_records
 
 ROOT = Path(__file__).parents[3]
 EXAMPLES = ROOT / "examples" / "training"
 SETTINGS = ["from_scratch", "continual_pretraining", "finetuning_domain", "finetuning_task"]
+ADAPTER = "draft_adapter"
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +29,9 @@ def task(tmp_path_factory):
 
 
 def test_there_is_an_example_for_each_setting_of_the_paper():
-    assert sorted(path.stem for path in EXAMPLES.glob("*.yaml")) == sorted(SETTINGS)
+    assert sorted(path.stem for path in EXAMPLES.glob("*.yaml")) == sorted([*SETTINGS, ADAPTER])
     text = (EXAMPLES / "README.md").read_text()
-    for name in SETTINGS:
+    for name in (*SETTINGS, ADAPTER):
         assert f"({name}.yaml)" in text
         TrainConfig.from_yaml(EXAMPLES / f"{name}.yaml")
 
@@ -50,6 +53,40 @@ def test_the_task_has_no_request_twice(task):
     }
 
 
+@pytest.mark.parametrize("name", [*SETTINGS, ADAPTER])
+def test_an_example_finds_its_data(name, task, monkeypatch):
+    """A file of results in a folder of texts must not end it."""
+    monkeypatch.chdir(ROOT)
+    data = TrainConfig.from_yaml(EXAMPLES / f"{name}.yaml").data
+    for key, source in (("data.train", data.train), ("data.eval", data.eval)):
+        if source is None or source.python_stdlib:
+            continue
+        files = [str(task / Path(file).name) if "task/" in file else file for file in source.files]
+        records = open_records(replace(source, files=tuple(files)), data, key)
+        fields = {data.text_field, data.messages_field, data.prompt_field}
+        assert all(fields & record.keys() for _where, record in records.read())
+
+
+def run_example(values, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "vllm_layerskip.commands.main", "train", "--config", str(path)]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    subprocess.run(command, check=True, cwd=ROOT, env=environment)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_example_of_a_draft_adapter_learns(tmp_path):
+    values = yaml.safe_load((EXAMPLES / f"{ADAPTER}.yaml").read_text())
+    values["output"]["folder"] = str(tmp_path / "adapter")
+    run_example(values, tmp_path)
+    scores = json.loads((tmp_path / "adapter" / "layerskip_adapter.json").read_text())["scores"]
+    print(scores)
+    assert scores["after"]["agreement"] > scores["before"]["agreement"] + 0.05
+    assert scores["after"]["acceptance_length"] > scores["before"]["acceptance_length"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", SETTINGS)
@@ -60,11 +97,7 @@ def test_an_example_runs_and_its_exit_learns(name, task, tmp_path):
     if name == "finetuning_task":
         for part in ("train", "eval"):
             values["data"][part]["files"] = [str(task / f"{part}.jsonl")]
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "vllm_layerskip.commands.main", "train", "--config", str(path)]
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    subprocess.run(command, check=True, cwd=ROOT, env=environment)
+    run_example(values, tmp_path)
 
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     exit_layer = config["layerskip"]["exit_layer"]

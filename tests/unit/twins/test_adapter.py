@@ -38,7 +38,11 @@ def refused(folder, *words: str, **arguments) -> None:
         {},
         {"lora_alpha": 24},
         {"lora_alpha": 6, "use_rslora": True},
-        {"r": 8, "rank_pattern": {"v_proj": 2, "0.mlp.down_proj": 3}, "alpha_pattern": {"q_proj": 5}},
+        {
+            "r": 8,
+            "rank_pattern": {"v_proj": 2, "0.mlp.down_proj": 3},
+            "alpha_pattern": {"q_proj": 5},
+        },
         {
             "rank_pattern": {"^model.layers.1.self_attn.q_proj": 3},
             "alpha_pattern": {r".*\.1\..*_proj": 7, "q_proj": 2},

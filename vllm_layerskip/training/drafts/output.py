@@ -74,7 +74,8 @@ def write_adapter(
     unfinished = folder.with_name(f"{UNFINISHED}-{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     dtype = None if output.dtype == "auto" else getattr(torch, output.dtype)
-    tensors = {name: tensor.detach().cpu().to(dtype) for name, tensor in state_dict.items()}
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    tensors = {name: state_dict[name].detach().cpu().to(dtype) for name in trained}
     # The embeddings are the base's; peft would otherwise look the base up to find that out.
     model.save_pretrained(str(unfinished), state_dict=tensors, save_embedding_layers=False)
     _sort_target_modules(unfinished / CONFIG_NAME)
