@@ -145,12 +145,15 @@ def _merged(rounds: Sequence[DecodeResult]) -> DecodeResult:
         values = [value for one in rounds if (value := getattr(one, name)) is not None]
         return statistics.median(values) if values else None
 
-    names = ("tokens_per_s", "step_ms", "acceptance_length", "speedup", "speedup_limit",
-             "tokens_limit")  # fmt: skip
     runs = [run["tokens_per_s"] for one in rounds for run in one.record["runs"]]
     return replace(
         first,
-        **{name: median(name) for name in names},
+        tokens_per_s=median("tokens_per_s"),
+        step_ms=median("step_ms"),
+        acceptance_length=median("acceptance_length"),
+        speedup=median("speedup"),
+        speedup_limit=median("speedup_limit"),
+        tokens_limit=median("tokens_limit"),
         spread=(max(runs) - min(runs)) / statistics.median(runs),
         speedups=tuple(one.speedup for one in rounds if one.speedup is not None),
     )

@@ -74,8 +74,10 @@ def _notes(records: Sequence[Record]) -> Iterable[str]:
 
 def _engines(records: Sequence[Record]) -> Iterable[str]:
     """Each engine's start time and memory."""
-    header = ("mode", "setting", "start s", "weights GB", "draft weights GB", "KV cache GB",
-              "KV cache tokens", "exit states MB", "GPU GB used")  # fmt: skip
+    header: tuple[str, ...] = (
+        "mode", "setting", "start s", "weights GB", "draft weights GB", "KV cache GB",
+        "KV cache tokens", "exit states MB", "GPU GB used",
+    )  # fmt: skip
     seen: dict[tuple[str, str], dict[str, Any]] = {}
     for result in decode_results(records):
         engine = result.record.get("engine")

@@ -5,6 +5,9 @@ From the prompts it predicts the speed of every (E, K): acceptance from one pass
 own greedy answers, costs from a few measured engines (or, with --hardware, from a roofline). Then
 it measures the best few in vLLM, and writes what it chose into the checkpoint's config.json,
 where `exit_layer: "auto"` finds it. A run that was interrupted goes on where it was.
+
+With --draft-quantization and --draft-adapter it also chooses whose weights draft. A model that was
+not trained for early exit: --exit-layers all --draft-quantization int4 int8 fp8.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from vllm_layerskip.tuning.settings import (
     RaySettings,
     TuneSettings,
 )
+from vllm_layerskip.twins.kinds import CHOICES
 
 if TYPE_CHECKING:
     from vllm_layerskip.tuning.plan import TuningPlan
@@ -62,8 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_grid(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--exit-layers", metavar="E", help="Such as 2-8 or 2,4,8. Default: all, 1 to L - 1."
-    )
+        "--exit-layers", metavar="E",
+        help="Such as 2-8 or 2,4,8; 'all' is L, with --draft-quantization. Default: 1 to L - 1, "
+        "and L with --draft-quantization.",
+    )  # fmt: skip
     group.add_argument(
         "--num-speculative-tokens", metavar="K", default=GridSettings.num_speculative_tokens,
         help="Such as 1-12. Default: %(default)s.",
@@ -72,6 +78,16 @@ def _add_grid(group: argparse._ArgumentGroup) -> None:
         "--batch-sizes", metavar="B", default=GridSettings.batch_sizes,
         help="Such as 1,8,32; the last one is the largest batch that is served. Default: "
         "%(default)s.",
+    )  # fmt: skip
+    group.add_argument(
+        "--draft-quantization", nargs="+", choices=CHOICES, metavar="KIND",
+        default=list(GridSettings.draft_quantizations),
+        help=f"Numbers that drafts may compute with: any of {', '.join(CHOICES)}. Default: none.",
+    )  # fmt: skip
+    group.add_argument(
+        "--draft-adapter", nargs="+", metavar="PATH", default=list(GridSettings.draft_adapters),
+        help="Folders of adapters for the layers that draft; 'none' among them for drafts without "
+        "one. Default: none.",
     )  # fmt: skip
 
 
@@ -212,7 +228,13 @@ def settings_of(args: argparse.Namespace) -> TuneSettings:
             max_tokens=args.max_tokens,
             chat=args.chat,
         ),
-        grid=GridSettings(args.exit_layers, args.num_speculative_tokens, args.batch_sizes),
+        grid=GridSettings(
+            exit_layers=args.exit_layers,
+            num_speculative_tokens=args.num_speculative_tokens,
+            batch_sizes=args.batch_sizes,
+            draft_quantizations=tuple(args.draft_quantization),
+            draft_adapters=tuple(args.draft_adapter),
+        ),
         engine=EngineRequest(
             dtype=args.dtype,
             device=args.device,
@@ -249,7 +271,7 @@ def _print_warnings(plan: TuningPlan, result: Result) -> None:
         print(f"\n{plan.num_too_long} prompts were left out: longer than --max-prompt-tokens.")
     different = differing_outputs(result.measurements)
     if different and plan.engine.dtype == "float32":
-        cells = ", ".join(f"E={m.exit_layer} K={m.num_speculative_tokens}" for m in different)
+        cells = ", ".join(str(found.draft_cell) for found in different)
         print(f"\nWarning: in float32 outputs must equal plain decoding's, and differ at {cells}.")
 
 
@@ -268,7 +290,9 @@ def _write(plan: TuningPlan, result: Result) -> None:
         backup = write_block(plan, outputs.config, block)
         kept = f"; what was there is kept as {backup.name}" if backup else ""
         print(f"Wrote {outputs.config}{kept}.")
-    print(f"Serve with:\n  {serve_line(plan.engine, result.choice, outputs.into_checkpoint)}")
+    written = outputs.into_checkpoint
+    counts = block if written else plan.config.get("layerskip") or {}
+    print(f"Serve with:\n  {serve_line(plan.engine, result.choice, written, counts)}")
 
 
 def _say(text: str) -> None:

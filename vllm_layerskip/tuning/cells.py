@@ -123,9 +123,7 @@ def _parse(line: str, columns: Sequence[str]) -> Measurement | None:
     if not line.endswith("\n") or len(values) != len(columns):
         return None
     try:
-        converted = {
-            name: _TYPES[name](value) for name, value in zip(columns, values, strict=True)
-        }
+        converted = {name: _TYPES[name](value) for name, value in zip(columns, values, strict=True)}
     except ValueError:
         return None
     return Measurement.from_dict(converted)
@@ -157,7 +155,6 @@ def _add_columns(path: Path) -> None:
         return
     old = [found for line in lines[1:] if (found := _parse(line, _OLD_COLUMNS)) is not None]
     with whole_file(path) as draft:
-        draft.unlink(missing_ok=True)
         append_measurements(draft, old)
 
 

@@ -17,6 +17,8 @@ from vllm_layerskip.tuning.schedule import Choice
 
 BACKUP_SUFFIX = ".before-tune"
 
+_TWIN_KEYS = ("draft_quantization", "draft_adapter")
+
 
 def read_config(model: str) -> dict[str, Any]:
     """A checkpoint's config.json: a folder's file as it is, a hub name's through transformers.
@@ -51,18 +53,33 @@ def _hub_config(model: str) -> dict[str, Any]:
         ) from None
 
 
-def tuned_block(block: object, choice: Choice, tuning: Mapping[str, Any]) -> dict[str, Any]:
+def tuned_block(
+    block: object, choice: Choice, tuning: Mapping[str, Any], adapter: str | None = None
+) -> dict[str, Any]:
     """The block with the choice in it; its other keys stay.
 
     Args:
         block: the checkpoint's block, if it has one.
         tuning: what the choice was found with.
+        adapter: the chosen draft's adapter, if it lies in the checkpoint's folder: relative to it.
     """
+    kept = dict(block) if isinstance(block, dict) else {}
+    for key in _TWIN_KEYS:
+        kept.pop(key, None)  # Another choice's.
     return {
-        **(block if isinstance(block, dict) else {}),
+        **kept,
         **choice.to_dict(),
+        **({} if adapter is None else {"draft_adapter": adapter}),
         "tuning": dict(tuning),
     }
+
+
+def path_in_checkpoint(model: str, path: str) -> str | None:
+    """``path`` relative to a checkpoint's folder; None if it lies elsewhere."""
+    folder, inside = Path(model).resolve(), Path(path).expanduser().resolve()
+    if not folder.is_dir() or folder == inside or not inside.is_relative_to(folder):
+        return None
+    return inside.relative_to(folder).as_posix()
 
 
 def check_writable(path: Path, option: str) -> None:

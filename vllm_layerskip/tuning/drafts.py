@@ -35,3 +35,8 @@ class Draft(NamedTuple):
 
 OWN = Draft()
 """The target's own layers."""
+
+
+def agreement_name(draft: Draft) -> str:
+    """The file of a draft's agreement statistics."""
+    return "agreement.npz" if draft == OWN else f"agreement-{draft.name}.npz"

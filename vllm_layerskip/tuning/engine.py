@@ -17,6 +17,7 @@ from vllm_layerskip.tuning.grid import Grid
 from vllm_layerskip.tuning.jobs import EngineSettings
 from vllm_layerskip.tuning.prompts import EncodedPrompts
 from vllm_layerskip.tuning.settings import TuneSettings
+from vllm_layerskip.twins.adapter import DraftAdapter
 
 _LENGTH_STEP = 64
 _MIN_KV_CACHE_BYTES = 64 << 20
@@ -39,8 +40,12 @@ def engine_settings(
     device: Device,
     prompts: EncodedPrompts,
     grid: Grid,
+    adapters: Mapping[str, DraftAdapter],
 ) -> EngineSettings:
     """Settings under which every cell of the grid can answer the prompts.
+
+    Args:
+        grid: of any draft; all have the same K and batch sizes.
 
     Raises:
         UserError: the model takes fewer tokens than that needs.
@@ -57,6 +62,7 @@ def engine_settings(
         enforce_eager=settings.engine.enforce_eager,
         draft_vocab=settings.engine.draft_vocab,
         kv_cache_memory_bytes=_kv_bytes(config, num_tokens, grid) if on_cpu else None,
+        draft_adapters={digest: str(adapter.path) for digest, adapter in adapters.items()},
         engine_args=settings.engine.engine_args,
     )
 

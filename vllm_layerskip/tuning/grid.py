@@ -1,12 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may be chosen: exit layers E, numbers of drafts K, and batch sizes. A cell is one (E, K)."""
+"""What may be chosen: exit layers E, numbers of drafts K, and batch sizes. A cell is one (E, K).
+
+Each draft (``drafts.py``) has a grid of its own: a twin may have all L layers, and an adapter is
+for one E. A draft's cell is what one engine runs.
+"""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from vllm_layerskip.config.options import ALL
 from vllm_layerskip.errors import UserError
+from vllm_layerskip.tuning.drafts import OWN, Draft
 from vllm_layerskip.tuning.settings import GridSettings
+from vllm_layerskip.twins.adapter import DraftAdapter
+from vllm_layerskip.twins.kinds import NONE
 
 Cell = tuple[int, int]
 """(E, K)."""
@@ -15,9 +26,25 @@ PLAIN: Cell = (0, 0)
 """The (E, K) of plain decoding."""
 
 
+class DraftCell(NamedTuple):
+    """A cell of a draft's grid."""
+
+    draft: Draft
+    cell: Cell
+
+    def __str__(self) -> str:
+        if self.cell == PLAIN:
+            return "plain"
+        twin = f"{self.draft.name} " if self.draft.has_twin else ""
+        return f"{twin}E={self.cell[0]} K={self.cell[1]}"
+
+
+PLAIN_DECODING = DraftCell(OWN, PLAIN)
+
+
 @dataclass(frozen=True)
 class Grid:
-    """What may be chosen."""
+    """What may be chosen of one draft."""
 
     exit_layers: tuple[int, ...]
     num_speculative_tokens: tuple[int, ...]
@@ -28,21 +55,81 @@ class Grid:
         return [(e, k) for e in self.exit_layers for k in self.num_speculative_tokens]
 
 
-def make_grid(settings: GridSettings, num_layers: int) -> Grid:
-    """The grid of a model with ``num_layers`` layers.
+def make_grids(
+    settings: GridSettings, num_layers: int, adapters: Mapping[str, DraftAdapter]
+) -> dict[Draft, Grid]:
+    """The grid of each draft for a model with ``num_layers`` layers.
+
+    Args:
+        adapters: those of the settings, by the digests that drafts name them with.
 
     Raises:
-        UserError: a range is malformed, or an exit layer is not in the model.
+        UserError: a range is malformed, or a draft has no exit layer in it.
     """
-    last = num_layers - 1
-    exit_layers = settings.exit_layers or f"1-{last}"
-    return Grid(
-        exit_layers=_numbers("--exit-layers", exit_layers, last),
-        num_speculative_tokens=_numbers(
-            "--num-speculative-tokens", settings.num_speculative_tokens
-        ),
-        batch_sizes=_numbers("--batch-sizes", settings.batch_sizes),
-    )
+    num_drafts = _numbers("--num-speculative-tokens", settings.num_speculative_tokens)
+    batch_sizes = _numbers("--batch-sizes", settings.batch_sizes)
+    exit_layers = _exit_layers(settings, num_layers)
+    digests = [*([NONE] if NONE in settings.draft_adapters else []), *adapters]
+    drafts = itertools.product(dict.fromkeys(settings.draft_quantizations), digests)
+    return {
+        draft: Grid(
+            _exit_layers_of(draft, exit_layers, num_layers, adapters, settings),
+            num_drafts,
+            batch_sizes,
+        )
+        for draft in itertools.starmap(Draft, drafts)
+    }
+
+
+def _exit_layers(settings: GridSettings, num_layers: int) -> tuple[int, ...]:
+    """The exit layers of any draft."""
+    may_be_all = any(kind != NONE for kind in settings.draft_quantizations)
+    largest = num_layers if may_be_all else num_layers - 1
+    text = settings.exit_layers or f"1-{largest}"
+    numbers = ",".join(str(num_layers) if part == ALL else part for part in text.split(","))
+    try:
+        return _numbers("--exit-layers", numbers, largest)
+    except UserError:
+        all_layers = (
+            f"; {ALL!r} for all {num_layers}"
+            if may_be_all
+            else (f"; all {num_layers} layers draft only as a twin (--draft-quantization int4)")
+        )
+        raise UserError(
+            f"--exit-layers {text} must be integers from 1 to {largest}, such as 2-4 or "
+            f"1,2,8{all_layers}."
+        ) from None
+
+
+def _exit_layers_of(
+    draft: Draft,
+    exit_layers: Sequence[int],
+    num_layers: int,
+    adapters: Mapping[str, DraftAdapter],
+    settings: GridSettings,
+) -> tuple[int, ...]:
+    """Those that a draft may have: L for rounded weights only, and an adapter's own E."""
+    first, last = 1, num_layers if draft.may_exit_last else num_layers - 1
+    option = f"--draft-quantization {draft.quantization}"
+    adapter = adapters.get(draft.adapter)
+    if adapter is not None:
+        option = f"--draft-adapter {adapter.path} with {option}"
+        first = adapter.num_layers
+        if adapter.exit_layer is not None:
+            first, last = adapter.exit_layer, min(adapter.exit_layer, last)
+    found = tuple(layer for layer in exit_layers if first <= layer <= last)
+    if not found:
+        valid = f"{first} to {last}" if first < last else str(first)
+        given = f"--exit-layers {settings.exit_layers or '(default)'}"
+        fault = (
+            f"its exit layer may be {valid}, and {given} has none of those"
+            if first <= last
+            else f"it exits after layer {first} of {num_layers}, which needs rounded weights"
+        )
+        raise UserError(
+            f"{option}: {fault}. Change --exit-layers, --draft-quantization or --draft-adapter."
+        )
+    return found
 
 
 def _numbers(option: str, text: str, largest: int | None = None) -> tuple[int, ...]:

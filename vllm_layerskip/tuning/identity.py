@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a measurement depends on besides its E, K and batch size, and the digest of all of that."""
+"""What a measurement depends on besides its draft, E, K and batch size; the digest of all that."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def identity_of(
 ) -> dict[str, Any]:
     """Everything that measurements under these settings depend on.
 
-    The checkpoint's ``layerskip`` block is left out: each cell states its E and K.
+    The checkpoint's ``layerskip`` block is left out: each cell states its E, its K and its draft,
+    an adapter by its content's digest. So the folders of adapters are left out, too.
 
     Args:
         config: the checkpoint's config.json.
@@ -40,7 +41,7 @@ def identity_of(
         "config": {
             k: v for k, v in config.items() if k not in ("layerskip", "transformers_version")
         },
-        "engine": asdict(engine),
+        "engine": {k: v for k, v in asdict(engine).items() if k != "draft_adapters"},
         "load": {k: v for k, v in asdict(workload).items() if k not in ("prompts", "batch_sizes")},
         "max_num_seqs": max(workload.batch_sizes),
         "prompts": prompts[:12],

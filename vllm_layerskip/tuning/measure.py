@@ -22,8 +22,9 @@ from vllm_layerskip.errors import UserError
 from vllm_layerskip.host.engine_start import Given, start_engine
 from vllm_layerskip.measuring.timing import Window, run_steps, steady_window
 from vllm_layerskip.tuning.cells import Measurement, output_digest
-from vllm_layerskip.tuning.grid import PLAIN, Cell
+from vllm_layerskip.tuning.grid import PLAIN_DECODING, DraftCell
 from vllm_layerskip.tuning.jobs import CellJob, EngineSettings, Workload
+from vllm_layerskip.twins.kinds import NONE
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -51,7 +52,7 @@ class Run:
         return sum(window.seconds for window in self.windows)
 
 
-def engine_arguments(engine: EngineSettings, cell: Cell, max_num_seqs: int) -> dict[str, Any]:
+def engine_arguments(engine: EngineSettings, cell: DraftCell, max_num_seqs: int) -> dict[str, Any]:
     """Arguments of ``LLM`` for a cell."""
     arguments: dict[str, Any] = {
         "model": engine.model,
@@ -61,28 +62,36 @@ def engine_arguments(engine: EngineSettings, cell: Cell, max_num_seqs: int) -> d
         "enforce_eager": engine.enforce_eager,
         "disable_log_stats": False,
         "seed": 0,
-        "speculative_config": None if cell == PLAIN else _speculative_config(engine, cell),
+        "speculative_config": _speculative_config(engine, cell),
     }
     if engine.kv_cache_memory_bytes is not None:
         arguments["kv_cache_memory_bytes"] = engine.kv_cache_memory_bytes
     return arguments | dict(engine.engine_args)
 
 
-def given_arguments(engine: EngineSettings, cell: Cell, max_num_seqs: int) -> Given:
+def given_arguments(engine: EngineSettings, cell: DraftCell, max_num_seqs: int) -> Given:
     """Arguments of ``LLM`` for a cell, with the options that they came from."""
     options = {"dtype": f"--dtype {engine.dtype}"}
     if engine.draft_vocab is not None:
         options["draft_vocab"] = f"--draft-vocab {engine.draft_vocab}"
+    if cell.draft.quantization != NONE:
+        options["draft_quantization"] = f"--draft-quantization {cell.draft.quantization}"
+    if cell.draft.adapter != NONE:
+        options["draft_adapter"] = f"--draft-adapter {engine.draft_adapters[cell.draft.adapter]}"
     return Given(engine_arguments(engine, cell, max_num_seqs), options, engine.engine_args)
 
 
-def _speculative_config(engine: EngineSettings, cell: Cell) -> dict[str, Any]:
-    """E and K are stated, so that neither the checkpoint's pair nor its schedule is used."""
-    exit_layer, num_drafts = cell
+def _speculative_config(engine: EngineSettings, cell: DraftCell) -> dict[str, Any] | None:
+    """All is stated, so that neither the checkpoint's pair nor its schedule or twin is used."""
+    if cell == PLAIN_DECODING:
+        return None
+    draft, (exit_layer, num_drafts) = cell
     config: dict[str, Any] = {
         "method": "layerskip",
         "exit_layer": exit_layer,
         "num_speculative_tokens": num_drafts,
+        "draft_quantization": draft.quantization,
+        "draft_adapter": engine.draft_adapters.get(draft.adapter, NONE),
     }
     if engine.draft_vocab is not None:
         config["draft_vocab"] = engine.draft_vocab
@@ -108,7 +117,7 @@ def measure_cells(job: CellJob) -> Iterator[Measurement]:
 
 
 def measure_batch_size(
-    llm: LLM, cell: Cell, batch_size: int, job: CellJob, start_s: float
+    llm: LLM, cell: DraftCell, batch_size: int, job: CellJob, start_s: float
 ) -> Measurement:
     """Warm up, then decode all prompts ``repeats`` times, ``batch_size`` at once.
 
@@ -118,7 +127,7 @@ def measure_batch_size(
     Raises:
         UserError: every answer is too short for a step in which all requests decode.
     """
-    workload, (exit_layer, num_drafts) = job.workload, cell
+    workload, (draft, (exit_layer, num_drafts)) = job.workload, cell
     groups = batch_groups(workload.prompts, batch_size)
     warm_up = min(workload.max_tokens, 4 * (num_drafts + 1))
     run_steps(llm, groups[0], warm_up, workload.stop_token_ids)
@@ -145,6 +154,8 @@ def measure_batch_size(
         runs_tokens_per_s=" ".join(f"{speed:.2f}" for speed in speeds),
         outputs=" ".join(output_digest(ids) for ids in outputs[: len(workload.prompts)]),
         start_s=round(start_s, 2),
+        draft_quantization=draft.quantization,
+        draft_adapter=draft.adapter,
     )
 
 
@@ -176,9 +187,9 @@ def _run(
     return Run(tuple(windows))
 
 
-def _counts(llm: LLM, cell: Cell) -> tuple[int, int]:
+def _counts(llm: LLM, cell: DraftCell) -> tuple[int, int]:
     """Drafts so far, and how many draft tokens were accepted."""
-    if cell == PLAIN:
+    if cell == PLAIN_DECODING:
         return 0, 0
     from vllm_layerskip.metrics.counters import read_counters
 
@@ -191,7 +202,7 @@ def generate(engine: EngineSettings, workload: Workload) -> list[list[int]]:
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
-    llm = start_engine(given_arguments(engine, PLAIN, max(workload.batch_sizes)))
+    llm = start_engine(given_arguments(engine, PLAIN_DECODING, max(workload.batch_sizes)))
     params = SamplingParams(
         temperature=0,
         max_tokens=workload.max_tokens,

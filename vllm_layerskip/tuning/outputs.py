@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vllm_layerskip.errors import UserError
 from vllm_layerskip.tuning.checkpoint_block import check_writable
+from vllm_layerskip.tuning.drafts import Draft, agreement_name
 from vllm_layerskip.tuning.settings import OutputSettings
 
 _MAP_SUFFIXES = (".png", ".svg", ".pdf")
@@ -28,9 +29,8 @@ class Outputs:
     def report(self) -> Path:
         return self.results / "report.json"
 
-    @property
-    def agreement(self) -> Path:
-        return self.results / "agreement.npz"
+    def agreement(self, draft: Draft) -> Path:
+        return self.results / agreement_name(draft)
 
     @property
     def logs(self) -> Path:

@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_layerskip.errors import UserError
 from vllm_layerskip.measuring.hardware import check_device, gpu_info
 from vllm_layerskip.measuring.roofline import Roofline
+from vllm_layerskip.tuning.check_drafts import check_drafts
 from vllm_layerskip.tuning.checkpoint_block import read_config
 from vllm_layerskip.tuning.costs import RooflineCosts, find_roofline
+from vllm_layerskip.tuning.drafts import Draft
 from vllm_layerskip.tuning.engine import Device, draft_vocab_ids, engine_settings
-from vllm_layerskip.tuning.grid import Cell, Grid, make_grid
+from vllm_layerskip.tuning.grid import DraftCell, Grid, make_grids
 from vllm_layerskip.tuning.identity import identity_of, settings_digest
 from vllm_layerskip.tuning.jobs import AgreementJob, CellJob, EngineSettings, Workload
 from vllm_layerskip.tuning.outputs import Outputs, choose_outputs
@@ -34,7 +36,7 @@ class TuningPlan:
     settings: TuneSettings
     config: Mapping[str, Any]
     """The checkpoint's config.json."""
-    grid: Grid
+    grids: Mapping[Draft, Grid]
     engine: EngineSettings
     workload: Workload
     draft_vocab: tuple[int, ...] | None
@@ -42,7 +44,7 @@ class TuningPlan:
     """What measurements depend on."""
     num_too_long: int
     """Prompts that were left out."""
-    roofline: RooflineCosts | None
+    rooflines: Mapping[Draft, RooflineCosts] | None
     """None: costs are measured."""
     nodes: RayNodes | None
     """None: processes of this machine measure."""
@@ -56,18 +58,22 @@ class TuningPlan:
     def num_measured(self) -> int:
         return _num_measured(self.settings.measuring)
 
-    def cell_job(self, cells: tuple[Cell, ...]) -> CellJob:
+    def cell_job(self, cells: tuple[DraftCell, ...]) -> CellJob:
         return CellJob(cells, self.engine, self.workload, self.settings_digest)
 
-    def agreement_job(self) -> AgreementJob:
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        return self.workload.batch_sizes
+
+    def agreement_job(self, drafts: Sequence[Draft]) -> AgreementJob:
         generator = self.settings.measuring.generator
         return AgreementJob(
             engine=self.engine,
             workload=self.workload,
             settings_digest=self.settings_digest,
-            exit_layers=self.grid.exit_layers,
+            exits=tuple((draft, self.grids[draft].exit_layers) for draft in drafts),
             draft_vocab=self.draft_vocab,
-            generator=generator or ("transformers" if self.roofline else "vllm"),
+            generator=generator or ("transformers" if self.rooflines else "vllm"),
         )
 
 
@@ -81,7 +87,11 @@ def make_plan(settings: TuneSettings) -> TuningPlan:
     if settings.ray is None and _loads_the_model(settings.measuring):
         check_device(settings.engine.device)
     config = read_config(settings.model)
-    grid = make_grid(settings.grid, _num_layers(settings.model, config))
+    num_layers = _num_layers(settings.model, config)
+    adapters = check_drafts(settings.grid, settings.model)
+    grids = make_grids(settings.grid, num_layers, adapters)
+    grid = next(iter(grids.values()))
+    _check_given_agreement(settings, grids)
     _check_answers(settings.prompts.max_tokens, max(grid.num_speculative_tokens))
     prompts = read_prompts(settings.prompts.paths, settings.prompts.text_field)
     outputs = choose_outputs(settings.output, settings.model)
@@ -96,19 +106,19 @@ def make_plan(settings: TuneSettings) -> TuningPlan:
         settings.prompts.chat,
     )
     draft_vocab = draft_vocab_ids(settings.engine.draft_vocab, settings.model, config)
-    engine = engine_settings(settings, config, device, encoded, grid)
+    engine = engine_settings(settings, config, device, encoded, grid, adapters)
     workload = _workload(settings, encoded, grid)
     machine = nodes.machine if nodes else None
     return TuningPlan(
         settings=settings,
         config=config,
-        grid=grid,
+        grids=grids,
         engine=engine,
         workload=workload,
         draft_vocab=draft_vocab,
         identity=identity_of(config, engine, workload, draft_vocab, machine),
         num_too_long=encoded.num_too_long,
-        roofline=_roofline_costs(roofline, settings, encoded, draft_vocab),
+        rooflines=_roofline_costs(roofline, settings, encoded, draft_vocab, grids),
         nodes=nodes,
         outputs=outputs,
     )
@@ -150,6 +160,16 @@ def _num_layers(model: str, config: Mapping[str, Any]) -> int:
     return num_layers
 
 
+def _check_given_agreement(settings: TuneSettings, grids: Mapping[Draft, Grid]) -> None:
+    given = settings.measuring.agreement
+    if given is not None and len(grids) > 1:
+        raise UserError(
+            f"--agreement {given} has the statistics of one draft, and there are {len(grids)}: "
+            f"{', '.join(draft.name for draft in grids)}. Leave it out (statistics in --results "
+            "are found again), or give one value of --draft-quantization and --draft-adapter."
+        )
+
+
 def _check_answers(max_tokens: int, num_drafts: int) -> None:
     if num_drafts + 2 > max_tokens:
         raise UserError(
@@ -181,9 +201,13 @@ def _roofline_costs(
     settings: TuneSettings,
     prompts: EncodedPrompts,
     draft_vocab: Sequence[int] | None,
-) -> RooflineCosts | None:
-    """Costs half-way through the answers."""
+    drafts: Iterable[Draft],
+) -> dict[Draft, RooflineCosts] | None:
+    """Costs half-way through the answers, by draft."""
     if roofline is None:
         return None
     context = prompts.mean_length + settings.prompts.max_tokens / 2
-    return RooflineCosts(roofline, context, None if draft_vocab is None else len(draft_vocab))
+    num_ids = None if draft_vocab is None else len(draft_vocab)
+    return {
+        draft: RooflineCosts(roofline, context, num_ids, draft.quantization) for draft in drafts
+    }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The E x K map: predicted speed-up of every pair, a panel for each batch size."""
+"""The E x K map: predicted speed-up of every pair, a panel for each draft and batch size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from vllm_layerskip.tuning.grid import Cell, Grid
-from vllm_layerskip.tuning.tune import Result
+from vllm_layerskip.tuning.schedule import Choice
+from vllm_layerskip.tuning.tune import DraftResult, Result
 
 _MAX_LIMIT = 1.0
 """Logarithm (base 2) of the speed-up at which colours end, so that small gains are seen."""
@@ -21,9 +22,9 @@ _MAX_LABELLED = 16
 
 @dataclass(frozen=True, eq=False)
 class _Panel:
-    """What the map shows for one batch size."""
+    """What the map shows of one draft for one batch size."""
 
-    batch_size: int
+    title: str
     grid: Grid
     speedups: np.ndarray
     """``[E, K]`` measured speed-ups where there are any, predicted ones else; NaN without both."""
@@ -50,15 +51,18 @@ def draw_map(result: Result, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    panels = [_panel(result, batch_size) for batch_size in result.grid.batch_sizes]
+    panels = [[_panel(result, of, size) for size in result.batch_sizes] for of in result.drafts]
+    grids = [of.grid for of in result.drafts]
+    heights = [_height(grid) for grid in grids]
     figure, axes = plt.subplots(
-        1, len(panels), figsize=_size(result.grid), squeeze=False, sharey=True,
-        layout="constrained",
+        len(panels), len(panels[0]), figsize=(_width(grids[0]), 1.5 + sum(heights)),
+        squeeze=False, sharey="row", layout="constrained", height_ratios=heights,
     )  # fmt: skip
-    limit = _limit(panels)
-    for axis, panel in zip(axes[0], panels, strict=True):
-        image = _draw(axis, panel, limit)
-    axes[0][0].set_ylabel("exit layer E")
+    limit = _limit([panel for row in panels for panel in row])
+    for row_axes, row in zip(axes, panels, strict=True):
+        row_axes[0].set_ylabel("exit layer E")
+        for axis, panel in zip(row_axes, row, strict=True):
+            image = _draw(axis, panel, limit)
     _add_colour_bar(figure, image, axes, limit)
     figure.suptitle(
         "Predicted speed-up; bold in a frame: measured; star: what was chosen",
@@ -68,10 +72,14 @@ def draw_map(result: Result, path: Path) -> None:
     plt.close(figure)
 
 
-def _size(grid: Grid) -> tuple[float, float]:
-    """Width and height in inches."""
-    width = 1.6 + max(len(grid.num_speculative_tokens) * 0.55, 3.2) * len(grid.batch_sizes)
-    return width, 1.5 + max(len(grid.exit_layers) * 0.32, 2.4)
+def _width(grid: Grid) -> float:
+    """Inches of the figure."""
+    return 1.6 + max(len(grid.num_speculative_tokens) * 0.55, 3.2) * len(grid.batch_sizes)
+
+
+def _height(grid: Grid) -> float:
+    """Inches of a draft's row."""
+    return max(len(grid.exit_layers) * 0.32, 2.4)
 
 
 def _limit(panels: list[_Panel]) -> float:
@@ -80,19 +88,23 @@ def _limit(panels: list[_Panel]) -> float:
     return min(largest or 0.1, _MAX_LIMIT)
 
 
-def _panel(result: Result, batch_size: int) -> _Panel:
-    grid = result.grid
-    predicted = {p.cell: p.speedup for p in result.predictions if p.batch_size == batch_size}
+def _panel(result: Result, of: DraftResult, batch_size: int) -> _Panel:
+    grid = of.grid
+    predicted = {p.cell: p.speedup for p in of.predictions if p.batch_size == batch_size}
     measured = {
         (e, k): speedup
-        for (e, k, size), speedup in result.measured_speedups.items()
+        for (e, k, size), speedup in of.measured_speedups.items()
         if size == batch_size
     }
     speedups = np.full((len(grid.exit_layers), len(grid.num_speculative_tokens)), np.nan)
     for cell, speedup in (predicted | measured).items():
         speedups[_position(grid, cell)] = speedup
-    star = _star(result, measured or predicted)
-    return _Panel(batch_size, grid, speedups, frozenset(measured), star)
+    is_chosen = of.draft == result.choice.draft
+    star = _star(result.choice, grid, measured or predicted) if is_chosen else None
+    title = f"batch size {batch_size}"
+    if result.has_twins:
+        title += f", {of.draft.name if of.draft.has_twin else 'own layers'}"
+    return _Panel(title, grid, speedups, frozenset(measured), star)
 
 
 def _position(grid: Grid, cell: Cell) -> tuple[int, int]:
@@ -100,12 +112,12 @@ def _position(grid: Grid, cell: Cell) -> tuple[int, int]:
     return grid.exit_layers.index(exit_layer), grid.num_speculative_tokens.index(num_drafts)
 
 
-def _star(result: Result, speedups: Mapping[Cell, float]) -> Cell | None:
+def _star(choice: Choice, grid: Grid, speedups: Mapping[Cell, float]) -> Cell | None:
     """The chosen E with its best K, unless its schedule drafts nothing at this batch size."""
-    chosen = result.choice.exit_layer
-    cells = [(chosen, k) for k in result.grid.num_speculative_tokens if (chosen, k) in speedups]
+    chosen = choice.exit_layer
+    cells = [(chosen, k) for k in grid.num_speculative_tokens if (chosen, k) in speedups]
     best = max(cells, key=lambda cell: speedups[cell], default=None)
-    if best is not None and result.choice.pays and not speedups[best] > 1:
+    if best is not None and choice.pays and not speedups[best] > 1:
         return None
     return best
 
@@ -122,7 +134,7 @@ def _draw(axis: Any, panel: _Panel, limit: float) -> Any:
         _label(axis, panel, cell, limit)
     axis.set_xticks(range(len(grid.num_speculative_tokens)), grid.num_speculative_tokens)
     axis.set_yticks(range(len(grid.exit_layers)), grid.exit_layers)
-    axis.set_title(f"batch size {panel.batch_size}")
+    axis.set_title(panel.title)
     axis.set_xlabel("drafts K")
     return image
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from vllm_layerskip.errors import UserError
-from vllm_layerskip.evaluation.agreement import Agreement
 from vllm_layerskip.measuring.processes import logged_process, reason_of_failure
 from vllm_layerskip.tuning.cells import Measurement
+from vllm_layerskip.tuning.grid import DraftCell
 from vllm_layerskip.tuning.jobs import USER_ERROR, AgreementJob, CellJob
 
 
@@ -31,18 +31,22 @@ def worker_environment(device: str) -> dict[str, str]:
 def measure_in_processes(job: CellJob, cells_per_process: int, logs: Path) -> Iterator[Measurement]:
     """Measure a job's cells, ``cells_per_process`` in each process, one process at a time."""
     for part in job.parts(cells_per_process):
-        name = "-".join(f"e{exit_layer}k{num_drafts}" for exit_layer, num_drafts in part.cells[:4])
+        name = "-".join(map(_log_name, part.cells[:4]))
         request = {"kind": "cells", "job": part.to_dict()}
         for values in run_job(request, job.engine.device, logs / f"{name}.log"):
             yield Measurement.from_dict(values)
 
 
-def agreement_in_process(job: AgreementJob, path: Path, logs: Path) -> Agreement:
-    """Agreement statistics, kept in ``path``."""
-    request = {"kind": "agreement", "job": job.to_dict(), "path": str(path)}
+def _log_name(cell: DraftCell) -> str:
+    twin = f"{cell.draft.name}-" if cell.draft.has_twin else ""
+    return "{}e{}k{}".format(twin, *cell.cell)
+
+
+def agreements_in_process(job: AgreementJob, folder: Path, logs: Path) -> None:
+    """Make a job's agreement statistics in ``folder``."""
+    request = {"kind": "agreement", "job": job.to_dict(), "folder": str(folder)}
     for _ in run_job(request, job.engine.device, logs / "agreement.log"):
         pass
-    return Agreement.load(path)[0]
 
 
 def run_job(request: Mapping[str, Any], device: str, log: Path) -> Iterator[dict[str, Any]]:

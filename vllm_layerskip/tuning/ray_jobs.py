@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from vllm_layerskip.errors import UserError, one_line
-from vllm_layerskip.evaluation.agreement import Agreement
 from vllm_layerskip.files.whole import whole_file
 from vllm_layerskip.measuring.cluster import join_ray
 from vllm_layerskip.tuning.cells import Measurement
@@ -140,7 +139,7 @@ def measure_on_cluster(
     }
     try:
         for reference in _as_they_end(parts):
-            cells = ", ".join(f"E={e} K={k}" for e, k in parts[reference].cells)
+            cells = ", ".join(map(str, parts[reference].cells))
             results = _result(reference, cells, identity)[0]
             yield from map(Measurement.from_dict, results)
     finally:
@@ -159,12 +158,12 @@ def _as_they_end(references: Iterable[Any]) -> Iterator[Any]:
 
 def _result(
     reference: Any, what: str, identity: Mapping[str, Any]
-) -> tuple[list[dict[str, Any]], bytes]:
-    """Results of a task, and the file that it wrote, if any."""
+) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+    """Results of a task, and the files that it wrote, by name."""
     import ray
 
     try:
-        facts, results, content = ray.get(reference)
+        facts, results, files = ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise UserError(str(error.cause)) from None
@@ -175,7 +174,7 @@ def _result(
             f"--ray: {what} failed on the cluster, {1 + _NUM_RETRIES} times: {one_line(error)}"
         ) from None
     check_facts(facts, identity, what)
-    return results, content
+    return results, files
 
 
 def check_facts(facts: Mapping[str, Any], identity: Mapping[str, Any], what: str) -> None:
@@ -193,30 +192,29 @@ def check_facts(facts: Mapping[str, Any], identity: Mapping[str, Any], what: str
             )
 
 
-def agreement_on_cluster(
-    job: AgreementJob, path: Path, nodes: RayNodes, identity: Mapping[str, Any]
-) -> Agreement:
-    """Agreement statistics, made on a node of the cluster and kept in ``path`` here."""
+def agreements_on_cluster(
+    job: AgreementJob, folder: Path, nodes: RayNodes, identity: Mapping[str, Any]
+) -> None:
+    """Make a job's agreement statistics on a node of the cluster, in ``folder`` here."""
     import ray
 
     task = ray.remote(**nodes.task_options(job.engine.num_gpus))(_work)
-    request = {"kind": "agreement", "job": job.to_dict(), "path": path.name}
-    content = _result(task.remote(request), "the agreement pass", identity)[1]
-    with whole_file(path) as draft:
-        draft.write_bytes(content)
-    return Agreement.load(path)[0]
+    request = {"kind": "agreement", "job": job.to_dict()}
+    for name, content in _result(task.remote(request), "the agreement pass", identity)[1].items():
+        with whole_file(folder / name) as draft:
+            draft.write_bytes(content)
 
 
-def _work(request: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]], bytes]:
-    """A task: what it ran on, its results, and the file that it wrote, if any."""
+def _work(
+    request: dict[str, Any],
+) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, bytes]]:
+    """A task: what it ran on, its results, and the files that it wrote, by name."""
     from vllm_layerskip.tuning.worker import results
 
     with tempfile.TemporaryDirectory() as folder:
-        if "path" in request:
-            request = {**request, "path": str(Path(folder, request["path"]))}
-        found = list(results(request))
-        content = Path(request["path"]).read_bytes() if "path" in request else b""
-    return _facts(), found, content
+        found = list(results({**request, "folder": folder}))
+        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    return _facts(), found, files
 
 
 def _facts() -> dict[str, Any]:

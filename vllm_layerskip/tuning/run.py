@@ -9,11 +9,12 @@ from pathlib import Path
 from vllm_layerskip.errors import UserError
 from vllm_layerskip.evaluation.agreement import Agreement
 from vllm_layerskip.tuning.cells import CELLS_FILE, Measurement
-from vllm_layerskip.tuning.grid import Cell, Grid
+from vllm_layerskip.tuning.drafts import Draft
+from vllm_layerskip.tuning.grid import DraftCell, Grid
 from vllm_layerskip.tuning.measured_cells import MeasuredCells
 from vllm_layerskip.tuning.plan import TuningPlan
-from vllm_layerskip.tuning.process_jobs import agreement_in_process, measure_in_processes
-from vllm_layerskip.tuning.ray_jobs import agreement_on_cluster, measure_on_cluster
+from vllm_layerskip.tuning.process_jobs import agreements_in_process, measure_in_processes
+from vllm_layerskip.tuning.ray_jobs import agreements_on_cluster, measure_on_cluster
 from vllm_layerskip.tuning.tune import Result, tune
 
 Say = Callable[[str], None]
@@ -26,21 +27,21 @@ def execute(plan: TuningPlan, say: Say) -> Result:
     Raises:
         UserError: a process or task failed, or statistics do not fit the plan.
     """
-    agreement = _agreement(plan, say)
+    agreements = _agreements(plan, say)
     measured = MeasuredCells(
         plan.outputs.results / CELLS_FILE,
         plan.settings_digest,
-        plan.grid.batch_sizes,
+        plan.batch_sizes,
         plan.settings.measuring.rounds,
     )
 
-    def measure_cells(cells: Sequence[Cell]) -> Iterator[Measurement]:
-        return _progress(_measure(plan, cells), len(cells) * len(plan.grid.batch_sizes), say)
+    def measure_cells(cells: Sequence[DraftCell]) -> Iterator[Measurement]:
+        return _progress(_measure(plan, cells), len(cells) * len(plan.batch_sizes), say)
 
-    return tune(plan.grid, agreement, measured, measure_cells, plan.num_measured, plan.roofline)
+    return tune(plan.grids, agreements, measured, measure_cells, plan.num_measured, plan.rooflines)
 
 
-def _measure(plan: TuningPlan, cells: Sequence[Cell]) -> Iterator[Measurement]:
+def _measure(plan: TuningPlan, cells: Sequence[DraftCell]) -> Iterator[Measurement]:
     job, at_once = plan.cell_job(tuple(cells)), plan.settings.measuring.cells_per_process
     if plan.nodes is None:
         return measure_in_processes(job, at_once, plan.outputs.logs)
@@ -49,24 +50,26 @@ def _measure(plan: TuningPlan, cells: Sequence[Cell]) -> Iterator[Measurement]:
 
 def _progress(measurements: Iterable[Measurement], total: int, say: Say) -> Iterator[Measurement]:
     for number, found in enumerate(measurements, start=1):
-        cell = f"E={found.exit_layer} K={found.num_speculative_tokens}"
         say(
-            f"[{number}/{total}] {cell if found.exit_layer else 'plain'}, batch "
-            f"{found.batch_size}: {found.tokens_per_s:.1f} tokens/s, {found.step_ms:.2f} ms a step"
+            f"[{number}/{total}] {found.draft_cell}, batch {found.batch_size}: "
+            f"{found.tokens_per_s:.1f} tokens/s, {found.step_ms:.2f} ms a step"
         )
         yield found
 
 
-def _agreement(plan: TuningPlan, say: Say) -> Agreement:
+def _agreements(plan: TuningPlan, say: Say) -> dict[Draft, Agreement]:
     given = plan.settings.measuring.agreement
-    agreement = _kept_agreement(plan) if given is None else _given_agreement(given, plan.grid)
-    if agreement is not None:
-        return agreement
-    say("Reading every exit's predictions along the model's greedy answers...")
-    job, path = plan.agreement_job(), plan.outputs.agreement
-    if plan.nodes is not None:
-        return agreement_on_cluster(job, path, plan.nodes, plan.identity)
-    return agreement_in_process(job, path, plan.outputs.logs)
+    if given is not None:
+        return {draft: _given_agreement(given, grid) for draft, grid in plan.grids.items()}
+    missing = [draft for draft in plan.grids if _kept_agreement(plan, draft) is None]
+    if missing:
+        say("Reading every exit's predictions along the model's greedy answers...")
+        job, folder = plan.agreement_job(missing), plan.outputs.results
+        if plan.nodes is None:
+            agreements_in_process(job, folder, plan.outputs.logs)
+        else:
+            agreements_on_cluster(job, folder, plan.nodes, plan.identity)
+    return {draft: Agreement.load(plan.outputs.agreement(draft))[0] for draft in plan.grids}
 
 
 def _given_agreement(path: Path, grid: Grid) -> Agreement:
@@ -81,13 +84,14 @@ def _given_agreement(path: Path, grid: Grid) -> Agreement:
     return agreement
 
 
-def _kept_agreement(plan: TuningPlan) -> Agreement | None:
+def _kept_agreement(plan: TuningPlan, draft: Draft) -> Agreement | None:
     """Statistics of an earlier run with these settings, if the results folder has them."""
-    if not plan.outputs.agreement.exists():
+    path = plan.outputs.agreement(draft)
+    if not path.exists():
         return None
     try:
-        agreement, digest = Agreement.load(plan.outputs.agreement)
+        agreement, digest = Agreement.load(path)
     except UserError:
         return None
-    has_all = set(plan.grid.exit_layers) <= set(agreement.exit_layers)
+    has_all = set(plan.grids[draft].exit_layers) <= set(agreement.exit_layers)
     return agreement if has_all and digest == plan.settings_digest else None

@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choose one exit layer, and K by batch size, by speed-ups.
+"""Choose one draft, one exit layer, and K by batch size, by speed-ups.
 
-An engine has one E and lets K fall as its batch grows, down to 0, which is plain decoding. So
-the choice is the E with the best mean speed-up if each batch size has its best K, or 0.
+An engine has one draft and one E and lets K fall as its batch grows, down to 0, which is plain
+decoding. So the choice is the draft and the E with the best mean speed-up if each batch size has
+its best K, or 0.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_layerskip.config.options import SCHEDULE
-from vllm_layerskip.tuning.grid import Cell
+from vllm_layerskip.tuning.drafts import OWN, Draft
+from vllm_layerskip.tuning.grid import DraftCell
+from vllm_layerskip.twins.kinds import NONE
 
 Speedups = Mapping[tuple[int, int, int], float]
 """Speed-up over plain decoding by (E, K, batch size)."""
@@ -30,6 +33,7 @@ class Choice:
     After its end vLLM goes on with the last K."""
     speedups: Mapping[int, float]
     """By batch size; 1 where nothing is drafted."""
+    draft: Draft = OWN
 
     @property
     def pays(self) -> bool:
@@ -37,12 +41,24 @@ class Choice:
         return any(num_drafts for _, _, num_drafts in self.schedule)
 
     def to_dict(self) -> dict[str, Any]:
-        """E, K and the schedule, by their names in config.json."""
+        """E, K, the schedule and the kind of a twin, by their names in config.json."""
+        quantization = self.draft.quantization
         return {
             "exit_layer": self.exit_layer,
             "num_speculative_tokens": self.num_speculative_tokens,
             SCHEDULE: [list(entry) for entry in self.schedule],
+            **({} if quantization == NONE else {"draft_quantization": quantization}),
         }
+
+
+def choose_draft(speedups: Mapping[Draft, Speedups]) -> Choice:
+    """The draft whose exit layer has the largest mean speed-up. Of equals the first one wins.
+
+    Raises:
+        ValueError: there are no speed-ups.
+    """
+    draft = max(speedups, key=lambda draft: max(_scores(speedups[draft]).values()))
+    return replace(choose(speedups[draft]), draft=draft)
 
 
 def choose(speedups: Speedups) -> Choice:
@@ -56,14 +72,8 @@ def choose(speedups: Speedups) -> Choice:
     """
     if not speedups:
         raise ValueError("There is nothing to choose from.")
-    batch_sizes = sorted({batch_size for _, _, batch_size in speedups})
-    exit_layers = sorted({exit_layer for exit_layer, _, _ in speedups})
-
-    def score(exit_layer: int) -> tuple[float, float]:
-        best = [_best(speedups, exit_layer, size)[1] for size in batch_sizes]
-        return _log_mean([max(value, 1.0) for value in best]), _log_mean(best)
-
-    exit_layer = max(exit_layers, key=score)
+    batch_sizes, scores = _batch_sizes(speedups), _scores(speedups)
+    exit_layer = max(scores, key=lambda layer: scores[layer])
     best = {size: _best(speedups, exit_layer, size) for size in batch_sizes}
     drafts = {size: num_drafts if value > 1 else 0 for size, (num_drafts, value) in best.items()}
     largest = max(drafts.values())
@@ -73,6 +83,19 @@ def choose(speedups: Speedups) -> Choice:
         schedule=make_schedule(drafts),
         speedups={size: max(value, 1.0) for size, (_, value) in best.items()},
     )
+
+
+def _batch_sizes(speedups: Speedups) -> list[int]:
+    return sorted({batch_size for _, _, batch_size in speedups})
+
+
+def _scores(speedups: Speedups) -> dict[int, tuple[float, float]]:
+    """Each exit layer's mean speed-up, without and with losses, the smallest layer first."""
+    scores = {}
+    for exit_layer in sorted({exit_layer for exit_layer, _, _ in speedups}):
+        best = [_best(speedups, exit_layer, size)[1] for size in _batch_sizes(speedups)]
+        scores[exit_layer] = _log_mean([max(value, 1.0) for value in best]), _log_mean(best)
+    return scores
 
 
 def _best(speedups: Speedups, exit_layer: int, batch_size: int) -> tuple[int, float]:
@@ -108,26 +131,41 @@ def make_schedule(num_drafts: Mapping[int, int]) -> tuple[tuple[int, int, int], 
     return tuple(ranges)
 
 
-def candidates(speedups: Speedups) -> list[Cell]:
+def candidates(speedups: Mapping[Draft, Speedups]) -> list[DraftCell]:
     """All cells in the order in which they are worth measuring.
 
-    The chosen E with its Ks comes first, then what is closest to the best of any batch size.
+    The chosen draft's E with its Ks comes first, then the best cell of each other draft, since
+    drafts are predicted with errors of their own; then what is closest to the best of any batch
+    size.
     """
-    exit_layer = choose(speedups).exit_layer
-    batch_sizes = sorted({batch_size for _, _, batch_size in speedups})
-    wanted = [(exit_layer, _best(speedups, exit_layer, size)[0]) for size in batch_sizes]
+    chosen = choose_draft(speedups).draft
+    wanted = _wanted(chosen, speedups[chosen])
+    for draft, of_draft in speedups.items():
+        wanted += _wanted(draft, of_draft)[:1]
     closeness = _closeness(speedups)
-    ranked = sorted(closeness, key=lambda cell: (-closeness[cell], cell))
+    # Sorting is stable: of equals the smaller E and K of the first draft.
+    ranked = sorted(closeness, key=lambda found: -closeness[found])
     return list(dict.fromkeys([*wanted, *ranked]))
 
 
-def _closeness(speedups: Speedups) -> dict[Cell, float]:
+def _wanted(draft: Draft, speedups: Speedups) -> list[DraftCell]:
+    """What a draft's choice needs: its best exit layer with the best K of each batch size."""
+    exit_layer = choose(speedups).exit_layer
+    return [
+        DraftCell(draft, (exit_layer, _best(speedups, exit_layer, size)[0]))
+        for size in _batch_sizes(speedups)
+    ]
+
+
+def _closeness(speedups: Mapping[Draft, Speedups]) -> dict[DraftCell, float]:
     """Each cell's share of the best speed-up, at the batch size where it is largest."""
     best: dict[int, float] = {}
-    for (_, _, batch_size), speedup in speedups.items():
-        best[batch_size] = max(best.get(batch_size, 0.0), speedup)
-    closeness: dict[Cell, float] = {}
-    for (exit_layer, num_drafts, batch_size), speedup in speedups.items():
-        cell = (exit_layer, num_drafts)
-        closeness[cell] = max(closeness.get(cell, 0.0), speedup / best[batch_size])
+    for of_draft in speedups.values():
+        for (_, _, size), speedup in of_draft.items():
+            best[size] = max(best.get(size, 0.0), speedup)
+    closeness: dict[DraftCell, float] = {}
+    for draft, of_draft in speedups.items():
+        for (exit_layer, num_drafts, size), speedup in sorted(of_draft.items()):
+            found = DraftCell(draft, (exit_layer, num_drafts))
+            closeness[found] = max(closeness.get(found, 0.0), speedup / best[size])
     return closeness

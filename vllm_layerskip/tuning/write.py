@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_layerskip.files.whole import write_json
-from vllm_layerskip.tuning.checkpoint_block import tuned_block, write_config
+from vllm_layerskip.tuning.checkpoint_block import path_in_checkpoint, tuned_block, write_config
 from vllm_layerskip.tuning.plan import TuningPlan
 from vllm_layerskip.tuning.plot import draw_map
 from vllm_layerskip.tuning.report import to_dict
@@ -21,7 +21,8 @@ def write_report(plan: TuningPlan, result: Result, facts: Mapping[str, Any]) -> 
     Args:
         facts: ``provenance()`` of the run.
     """
-    write_json(plan.outputs.report, to_dict(result, plan.identity, facts))
+    report = to_dict(result, plan.identity, facts, plan.engine.draft_adapters)
+    write_json(plan.outputs.report, report)
     draw_map(result, plan.outputs.map)
 
 
@@ -35,7 +36,9 @@ def chosen_block(plan: TuningPlan, result: Result, facts: Mapping[str, Any]) -> 
         "versions": facts["versions"],
         "time": facts["time"],
     }
-    return tuned_block(plan.config.get("layerskip"), result.choice, tuning)
+    folder = plan.engine.draft_adapters.get(result.choice.draft.adapter)
+    adapter = None if folder is None else path_in_checkpoint(plan.engine.model, folder)
+    return tuned_block(plan.config.get("layerskip"), result.choice, tuning, adapter)
 
 
 def write_block(plan: TuningPlan, path: Path, block: Mapping[str, Any]) -> Path | None:

@@ -81,7 +81,7 @@ def read_draft_adapter(
             with ``source`` and says what to do.
     """
     with _naming(source):
-        if not path.is_dir():
+        if not _is_folder(path):
             raise ValueError(
                 f"there is no folder {str(path)!r}. Give one with {CONFIG_NAME} and "
                 f"{WEIGHTS_NAME}, as vllm-layerskip train and peft's save_pretrained write them; "
@@ -174,6 +174,13 @@ def _naming(source: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # Its name is too long, or a folder above it is not ours to read.
+        return False
 
 
 def _check_shapes(adapter: DraftAdapter, file: AdapterFile, target: Target) -> None:

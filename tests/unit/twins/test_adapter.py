@@ -144,6 +144,7 @@ def test_a_missing_folder_or_file(tmp_path):
     refused(tmp_path / "gone", "there is no folder", "adapter_config.json")
     (tmp_path / "file").write_text("")
     refused(tmp_path / "file", "there is no folder")
+    refused(tmp_path / ("x" * 5000), "there is no folder")
     empty = tmp_path / "empty"
     empty.mkdir()
     refused(empty, "there is no adapter_config.json in it")
