@@ -76,10 +76,13 @@ def speculative_config(
 
 
 def _layerskip(mode: str, speculation: Speculation) -> dict[str, Any]:
-    config: dict[str, Any] = {"method": "layerskip", "exit_layer": speculation.exit_layer}
-    if speculation.draft_quantization != NONE and mode == "layerskip":
-        config["draft_quantization"] = speculation.draft_quantization  # Which reuses nothing.
-    else:
+    kind = speculation.draft_quantization if mode == "layerskip" else NONE
+    config: dict[str, Any] = {
+        "method": "layerskip",
+        "exit_layer": speculation.exit_layer,
+        "draft_quantization": kind,  # Always, since a checkpoint's block may name another.
+    }
+    if kind == NONE:  # A twin reuses nothing.
         config["reuse_exit_states"] = mode == "layerskip"
     if speculation.draft_vocab is not None:
         config["draft_vocab"] = speculation.draft_vocab

@@ -85,8 +85,9 @@ def outputs(linear: TwinLinear) -> torch.Tensor:
 @torch.inference_mode()
 def target_weight(linear: TwinLinear) -> torch.Tensor:
     """``[N, M]``: the weight of the target's layer, also where vLLM has packed it (float32)."""
-    device = linear.target.weight.device
-    inputs = torch.eye(linear.shape[1], dtype=linear.method.dtype, device=device)
+    if linear.has_source:
+        return linear.target.weight
+    inputs = torch.eye(linear.shape[1], dtype=linear.method.dtype)
     return linear.target.quant_method.apply(linear.target, inputs).t()
 
 

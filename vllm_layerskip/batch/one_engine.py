@@ -15,6 +15,8 @@ from vllm_layerskip.host.engine_start import Given, start_engine
 OWN_OPTIONS = (
     "exit_layer",
     "num_speculative_tokens",
+    "draft_quantization",
+    "draft_adapter",
     "dtype",
     "max_model_len",
     "tensor_parallel_size",

@@ -21,6 +21,8 @@ class EngineSettings:
     model: str
     exit_layer: int | str | None = None
     num_speculative_tokens: int | None = None
+    draft_quantization: str | None = None
+    draft_adapter: str | None = None
     speculation: bool = True
     """False for plain vLLM."""
     tensor_parallel_size: int = 1
@@ -39,6 +41,8 @@ class EngineSettings:
         options = {
             "exit_layer": self.exit_layer,
             "num_speculative_tokens": self.num_speculative_tokens,
+            "draft_quantization": self.draft_quantization,
+            "draft_adapter": self.draft_adapter,
         }
         given = {name: value for name, value in options.items() if value is not None}
         if self.speculation:

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_layerskip.commands.arguments import checkpoint, engine_args
 from vllm_layerskip.config.cli_args import exit_layer_argument
+from vllm_layerskip.config.options import AUTO
 from vllm_layerskip.errors import UserError, needs_extra
+from vllm_layerskip.twins.kinds import CHOICES
 
 if TYPE_CHECKING:
     from vllm_layerskip.batch.job import Summary
@@ -80,6 +82,14 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--num-speculative-tokens", type=int, metavar="K", help="Default: the checkpoint's."
     )
+    group.add_argument(
+        "--draft-quantization", choices=(AUTO, *CHOICES), metavar="KIND",
+        help=f"Bits of the layers that draft: {', '.join(CHOICES)}. Default: the checkpoint's.",
+    )  # fmt: skip
+    group.add_argument(
+        "--draft-adapter", metavar="FOLDER",
+        help="A LoRA adapter for the layers that draft. Default: the checkpoint's, if any.",
+    )  # fmt: skip
     group.add_argument(
         "--no-speculation",
         action="store_true",
@@ -156,6 +166,8 @@ def _settings(args: argparse.Namespace) -> BatchSettings:
             model=args.model,
             exit_layer=args.exit_layer,
             num_speculative_tokens=args.num_speculative_tokens,
+            draft_quantization=args.draft_quantization,
+            draft_adapter=args.draft_adapter,
             speculation=not args.no_speculation,
             tensor_parallel_size=args.tensor_parallel_size,
             device=device,

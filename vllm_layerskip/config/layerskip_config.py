@@ -43,7 +43,7 @@ from vllm_layerskip.config.select_model import select_model
 from vllm_layerskip.config.weight_files import check_weight_files
 from vllm_layerskip.cpu.triton_interpreter import interpret_mode
 from vllm_layerskip.host.environment import DRAFT_GRAPHS, flag
-from vllm_layerskip.twins.adapter import DraftAdapter, read_draft_adapter
+from vllm_layerskip.twins.adapter import AdapterWeights, DraftAdapter, read_draft_adapter
 from vllm_layerskip.twins.kinds import GROUP_SIZES, NONE
 
 logger = init_logger("vllm.layerskip.config")
@@ -193,7 +193,7 @@ def _read_draft_adapter(options: LayerSkipOptions, model_config: Any) -> DraftAd
                 "draft_adapter='none' (--draft-adapter none)."
             )
         path = folder / named.path
-    return read_draft_adapter(
+    adapter = read_draft_adapter(
         path,
         named.source,
         hf_config=model_config.hf_config,
@@ -202,6 +202,8 @@ def _read_draft_adapter(options: LayerSkipOptions, model_config: Any) -> DraftAd
         num_layers=model_config.get_total_num_hidden_layers(),
         exit_layer=options.exit_layer,
     )
+    AdapterWeights(adapter).check_finite()
+    return adapter
 
 
 def _read_draft_vocab(file: OptionPath | None, model_config: Any) -> DraftVocab | None:

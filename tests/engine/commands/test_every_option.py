@@ -189,7 +189,8 @@ RUNS: dict[str, dict[str, Run]] = {
     },
     "generate": {
         "engine": Run(
-            f"{_SMALL} --exit-layer 6 --num-speculative-tokens 2 --dtype float32 "
+            f"{_SMALL} --exit-layer all --num-speculative-tokens 2 --dtype float32 "
+            "--draft-quantization int8 --draft-adapter none "
             "--max-model-len 256 --tensor-parallel-size 1 --temperature 0.0 --top-p 0.9 --top-k 9 "
             "--seed 7 --stop nothing that-comes --output-format jsonl",
             lambda folder, printed: _all_answered(folder, 8) and _drafted(printed),

@@ -73,6 +73,8 @@ WRONG = {
         ("--config", "{no_reports}"),
         ("--config", "{no_optimizer}"),
         ("--config", "{no_attention}"),
+        ("--config", "{deep_draft}"),
+        ("--config", "{dropped_draft}"),
         ("--num-workers", "0"),
         ("--num-workers", "two"),
     ],
@@ -177,9 +179,13 @@ WRONG = {
         ("--exit-layer", "0"),
         ("--exit-layer", "eight"),
         ("--exit-layer", "auto", {"--model": "{no_block}"}),
+        ("--exit-layer", "all"),
         ("--num-speculative-tokens", "0"),
         ("--num-speculative-tokens", "-1"),
         ("--num-speculative-tokens", "two"),
+        ("--draft-quantization", "int3"),
+        ("--draft-adapter", NOTHING),
+        ("--draft-adapter", "{empty}"),
         ("--tensor-parallel-size", "0"),
         ("--tensor-parallel-size", "3"),
         ("--dtype", "nonsense"),
@@ -262,6 +268,9 @@ def paths(tmp_path_factory):
     write("no_optimizer.yaml", text.replace("use_cpu", "optim: adamw_bnb_8bit, use_cpu"))
     flash = "attn_implementation: flash_attention_2, path:"
     write("no_attention.yaml", text.replace("path:", flash))
+    write("deep_draft.yaml", text + "recipe: {target: frozen, exit_layer: 12}")
+    dropped = "recipe: {target: frozen, exit_layer: 2, max_layer_dropout: 0.1}"
+    write("dropped_draft.yaml", text + dropped)
     return found
 
 

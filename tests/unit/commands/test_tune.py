@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import vllm_layerskip
 from vllm_layerskip.commands import main as cli
@@ -24,7 +26,8 @@ from vllm_layerskip.config.options import resolve_options
 from vllm_layerskip.evaluation.agreement import Agreement
 from vllm_layerskip.tuning import process_jobs
 from vllm_layerskip.tuning.cells import Measurement, append_measurements, load_measurements
-from vllm_layerskip.tuning.grid import PLAIN, Grid
+from vllm_layerskip.tuning.drafts import OWN, Draft, agreement_name
+from vllm_layerskip.tuning.grid import PLAIN, PLAIN_DECODING, DraftCell, Grid
 from vllm_layerskip.tuning.measured_cells import MeasuredCells
 from vllm_layerskip.tuning.settings import ALL, PromptSettings, TuneSettings
 from vllm_layerskip.tuning.tune import tune
@@ -46,33 +49,46 @@ def make_agreement(exit_layers=range(1, NUM_LAYERS), num_answers=24, num_tokens=
     return Agreement(tuple(exit_layers), tuple(matches), 1.0)
 
 
-class Machine:
-    """Measures cells as an engine on a machine with these costs would, noise included."""
+LAYER_COSTS = {"none": 1.0, "int4": 0.3, "int8": 0.6, "fp8": 0.7}
+"""What a layer of each draft costs, as a share of the target's own."""
+INT4, INT8 = Draft("int4"), Draft("int8")
 
-    def __init__(self, agreement, noise=0.0, verify=1.05, draft=0.05, layer=0.05, digest="s"):
-        self.lengths = agreement.acceptance_lengths(8)
-        self.agreement, self.digest = agreement, digest
+
+class Machine:
+    """Measures cells as an engine on a machine with these costs would, noise included.
+
+    ``agreements`` has those of drafts that do not agree with the target as ``agreement`` does.
+    """
+
+    def __init__(
+        self, agreement, noise=0.0, verify=1.05, draft=0.05, layer=0.05, digest="s",
+        agreements=None, layer_costs=None,
+    ):  # fmt: skip
+        self.agreement, self.agreements, self.digest = agreement, agreements or {}, digest
+        self.layer_costs = layer_costs or LAYER_COSTS
         self.verify, self.draft, self.layer, self.noise = verify, draft, layer, noise
         self.random = random.Random(0)
         self.asked = []
 
-    def step_ms(self, e, k, batch_size):
+    def step_ms(self, e, k, batch_size, layer_cost=1.0):
         # Not quite linear in what is drafted, and dearer to verify in a large batch.
         verify = self.verify * (1 + 0.02 * batch_size * (k + 1))
-        return verify + k * (self.draft + e * self.layer) * (1 + 0.02 * batch_size) + 0.002 * e * e
+        drafts = k * (self.draft + e * self.layer * layer_cost) * (1 + 0.02 * batch_size)
+        return verify + drafts + 0.002 * e * e * layer_cost
 
     def measurement(self, cell, batch_size):
-        e, k = cell
-        if cell == PLAIN:
+        draft, (e, k) = cell if isinstance(cell, DraftCell) else (OWN, cell)
+        if k == 0:
             step_ms, length = 1.0 + 0.02 * batch_size, 1.0
         else:
-            step_ms = self.step_ms(e, k, batch_size)
-            length = self.lengths[self.agreement.exit_layers.index(e), k - 1]
+            agreement = self.agreements.get(draft, self.agreement)
+            step_ms = self.step_ms(e, k, batch_size, self.layer_costs[draft.quantization])
+            length = agreement.acceptance_lengths(8)[agreement.exit_layers.index(e), k - 1]
         step_ms *= 1 + self.random.uniform(-self.noise, self.noise)
         speed = 1e3 * batch_size * length / step_ms
         return Measurement(
             self.digest, e, k, batch_size, round(speed, 3), round(step_ms, 4), round(length, 4),
-            10, 9, 20, f"{speed:.2f}", "a b c", 1.0,
+            10, 9, 20, f"{speed:.2f}", "a b c", 1.0, *draft,
         )  # fmt: skip
 
     def measure(self, batch_sizes):
@@ -85,9 +101,16 @@ class Machine:
 
 
 def run(tmp_path, machine, grid, num_measured):
-    measured = MeasuredCells(tmp_path / "cells.csv", machine.digest, grid.batch_sizes)
-    measure = machine.measure(grid.batch_sizes)
-    return tune(grid, machine.agreement, measured, measure, num_measured)
+    """Of the target's own layers, or of several drafts' grids."""
+    grids = grid if isinstance(grid, dict) else {OWN: grid}
+    (batch_sizes,) = {grid.batch_sizes for grid in grids.values()}
+    measured = MeasuredCells(tmp_path / "cells.csv", machine.digest, batch_sizes)
+    agreements = {draft: machine.agreements.get(draft, machine.agreement) for draft in grids}
+    return tune(grids, agreements, measured, machine.measure(batch_sizes), num_measured)
+
+
+def own(cells):
+    return [DraftCell(OWN, cell) for cell in cells]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -117,21 +140,22 @@ def test_a_few_cells_are_measured_and_all_of_them_only_if_asked(tmp_path):
     machine = Machine(make_agreement())
     result = run(tmp_path, machine, grid, 4)
     assert len(machine.asked) == len(set(machine.asked)) == 1 + 5 + 4
-    assert PLAIN in machine.asked
-    assert len(result.predictions) == 11 * 8 * 2
+    assert PLAIN_DECODING in machine.asked
+    assert len(result.drafts[0].predictions) == 11 * 8 * 2
     again = Machine(make_agreement())
     assert run(tmp_path, again, grid, 4).choice == result.choice
     assert again.asked == []
     run(tmp_path, again, grid, ALL)
-    assert sorted(again.asked) == sorted(set(grid.cells) - set(machine.asked))
+    assert sorted(again.asked) == sorted(set(own(grid.cells)) - set(machine.asked))
     assert len(load_measurements(tmp_path / "cells.csv")) == 2 * (11 * 8 + 1)
 
 
 def test_predictions_are_near_what_is_measured(tmp_path):
     grid = Grid(tuple(range(1, NUM_LAYERS)), tuple(range(1, 9)), (1, 8))
     result = run(tmp_path, Machine(make_agreement()), grid, 6)
-    for (e, k, batch_size), speedup in result.measured_speedups.items():
-        assert result.prediction(e, k, batch_size).speedup == pytest.approx(speedup, rel=0.1)
+    (of_own,) = result.drafts
+    for (e, k, batch_size), speedup in of_own.measured_speedups.items():
+        assert of_own.prediction(e, k, batch_size).speedup == pytest.approx(speedup, rel=0.1)
 
 
 def test_drafting_ends_where_batches_make_it_dear(tmp_path):
@@ -141,6 +165,82 @@ def test_drafting_ends_where_batches_make_it_dear(tmp_path):
     assert drafts[0] > 0
     assert drafts[-1] == 0
     assert drafts == sorted(drafts, reverse=True)
+
+
+# ---- drafts ----
+
+KS = tuple(range(1, 9))
+GRIDS = {
+    OWN: Grid(tuple(range(1, NUM_LAYERS)), KS, (1,)),
+    INT4: Grid(tuple(range(1, NUM_LAYERS + 1)), KS, (1,)),
+    INT8: Grid((NUM_LAYERS,), KS, (1,)),
+}
+
+
+def stock_model():
+    """Exits that accept next to nothing before the last layer, as without training for them."""
+    generator = np.random.default_rng(0)
+    agreements = {}
+    for draft, last in ((OWN, 1.0), (INT4, 0.9), (INT8, 0.97)):
+        exit_layers = GRIDS[draft].exit_layers
+        rates = np.array([last if e == NUM_LAYERS else 0.05 for e in exit_layers])
+        matches = [generator.random((1, 96)) < rates[:, None] for _ in range(24)]
+        agreements[draft] = Agreement(exit_layers, tuple(matches), 1.0)
+    return agreements
+
+
+def chosen_of(tmp_path, machine, grids=GRIDS):
+    choice = run(tmp_path, machine, grids, 4).choice
+    return choice.draft, choice.exit_layer, choice.pays
+
+
+def test_a_stock_model_drafts_with_all_its_layers_in_the_kind_that_is_cheapest(tmp_path):
+    agreements = stock_model()
+    machine = Machine(agreements[OWN], agreements=agreements)
+    assert chosen_of(tmp_path, machine) == (INT4, NUM_LAYERS, True)
+    assert {cell.draft for cell in machine.asked} == {OWN, INT4, INT8}
+    assert len(machine.asked) == len(set(machine.asked)) == 1 + 5 + 5 + 3 + 4
+
+
+def test_the_kind_follows_what_it_costs(tmp_path):
+    agreements = stock_model()
+    costs = LAYER_COSTS | {"int4": 1.1, "int8": 0.5}
+    machine = Machine(agreements[OWN], agreements=agreements, layer_costs=costs)
+    assert chosen_of(tmp_path, machine) == (INT8, NUM_LAYERS, True)
+
+
+def test_the_kind_follows_what_it_accepts(tmp_path):
+    agreements = stock_model()
+    agreements[INT4] = make_agreement(GRIDS[INT4].exit_layers)
+    agreements[INT4] = replace(
+        agreements[INT4], matches=tuple(rows & False for rows in agreements[INT4].matches)
+    )
+    machine = Machine(agreements[OWN], agreements=agreements)
+    assert chosen_of(tmp_path, machine) == (INT8, NUM_LAYERS, True)
+
+
+def test_kinds_that_cost_as_much_as_the_target_do_not_pay(tmp_path):
+    """The negative control: acceptance alone makes no choice."""
+    agreements = stock_model()
+    costs = dict.fromkeys(LAYER_COSTS, 2.0)
+    machine = Machine(agreements[OWN], agreements=agreements, layer_costs=costs)
+    assert chosen_of(tmp_path, machine)[2] is False
+    trained = {draft: make_agreement(grid.exit_layers) for draft, grid in GRIDS.items()}
+    dear = Machine(trained[OWN], agreements=trained, layer_costs=costs | {"none": 1.0})
+    draft, exit_layer, pays = chosen_of(tmp_path / "trained", dear)
+    assert (draft, pays) == (OWN, True)
+    assert exit_layer < NUM_LAYERS
+
+
+def test_another_kind_later_measures_only_its_own_cells(tmp_path):
+    agreements = stock_model()
+    first = Machine(agreements[OWN], agreements=agreements)
+    chosen_of(tmp_path, first, {OWN: GRIDS[OWN]})
+    then = Machine(agreements[OWN], agreements=agreements)
+    chosen_of(tmp_path, then, {OWN: GRIDS[OWN], INT8: GRIDS[INT8]})
+    assert PLAIN_DECODING not in then.asked
+    assert not set(first.asked) & set(then.asked)
+    assert INT8 in {cell.draft for cell in then.asked}
 
 
 # ---- the command ----
@@ -169,14 +269,17 @@ def fake_processes(monkeypatch):
         requests.append(request)
         job = request["job"]
         if request["kind"] == "agreement":
-            agreement = make_agreement(job["exit_layers"])
-            agreement.save(Path(request["path"]), job["settings_digest"])
-            yield {"num_tokens": agreement.num_tokens}
+            for draft, exit_layers in job["exits"]:
+                agreement = make_agreement(exit_layers)
+                file = Path(request["folder"], agreement_name(Draft(*draft)))
+                agreement.save(file, job["settings_digest"])
+                yield {"num_tokens": agreement.num_tokens}
             return
-        machine = Machine(make_agreement(), digest=job["settings_digest"])
-        for cell in job["cells"]:
+        machine = Machine(make_agreement(range(1, 13)), digest=job["settings_digest"])
+        for draft, cell in job["cells"]:
             for batch_size in job["workload"]["batch_sizes"]:
-                measurement = machine.measurement(tuple(cell), batch_size)
+                measured = DraftCell(Draft(*draft), tuple(cell))
+                measurement = machine.measurement(measured, batch_size)
                 yield replace(measurement, outputs=" ".join("abcd")).to_dict()
 
     monkeypatch.setattr(process_jobs, "run_job", run_job)
@@ -226,6 +329,110 @@ def test_the_command_writes_what_auto_reads(checkpoint, prompts, tmp_path, fake_
     assert len(fake_processes) > jobs_before, "other settings"
 
 
+def test_a_twin_is_chosen_written_and_served(checkpoint, prompts, tmp_path, fake_processes, capsys):
+    """No block is needed; and a choice without a twin takes an earlier one out of the block."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["layerskip"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    more = ("--exit-layers", "all", "--num-speculative-tokens", "2-4", "--num-measured", "all")
+    kinds = ("--draft-quantization", "int4", "int8", "fp8")
+    assert command(checkpoint, prompts, tmp_path, *more, *kinds) == 0
+    block = json.loads((checkpoint / "config.json").read_text())["layerskip"]
+    options = resolve_options({"model": "[self]"}, NUM_LAYERS, block)
+    assert (options.exit_layer, options.draft_quantization) == (NUM_LAYERS, "int4")
+    shown = capsys.readouterr()
+    assert "drafts with int4, E = 12" in shown.out
+    assert "int8 E=12 K=2, batch 1" in shown.err
+    report = json.loads((tmp_path / "results" / "report.json").read_text())
+    assert [twin["quantization"] for twin in report["twins"]] == ["int4", "int8", "fp8"]
+    assert "costs" not in report
+    assert report["choice"]["draft_quantization"] == "int4"
+    assert {row["draft_quantization"] for row in report["predictions"]} == set(kinds[1:])
+    assert (tmp_path / "results" / "agreement-int4.npz").exists()
+    assert [asked["kind"] for asked in fake_processes].count("agreement") == 1
+
+    before = len(fake_processes)
+    more = ("--exit-layers", "3-6", "--num-measured", 0)
+    assert command(checkpoint, prompts, tmp_path, "--dry-run", *more) == 0
+    assert '"draft_quantization": "none"' in capsys.readouterr().out.splitlines()[-1]
+    assert command(checkpoint, prompts, tmp_path, *more) == 0
+    assert len(fake_processes) > before
+    block = json.loads((checkpoint / "config.json").read_text())["layerskip"]
+    assert "draft_quantization" not in block
+
+
+@pytest.mark.parametrize("place", ["inside", "outside"])
+def test_the_block_names_an_adapter_only_inside_the_checkpoint(
+    checkpoint, prompts, tmp_path, fake_processes, capsys, place
+):
+    folder = (checkpoint if place == "inside" else tmp_path) / "adapters" / "e3"
+    write_adapter(folder, exit_layer=3)
+    more = ("--draft-adapter", folder, "--draft-quantization", "int4", "--num-measured", 0)
+    assert command(checkpoint, prompts, tmp_path, *more) == 0
+    block = json.loads((checkpoint / "config.json").read_text())["layerskip"]
+    assert (block["exit_layer"], block["draft_quantization"]) == (3, "int4")
+    line = capsys.readouterr().out.splitlines()[-1]
+    if place == "inside":
+        assert block["draft_adapter"] == "adapters/e3"
+        assert "--draft-adapter" not in line
+    else:
+        assert "draft_adapter" not in block
+        assert line.endswith(f"--draft-adapter {folder}")
+    cells = [asked["job"] for asked in fake_processes if asked["kind"] == "cells"]
+    adapters = {draft[1] for job in cells for draft, (e, _) in job["cells"] if e}
+    assert adapters == set(cells[0]["engine"]["draft_adapters"])
+
+    # A moved folder is the same adapter: nothing is measured again.
+    jobs = len(fake_processes)
+    moved = folder.rename(folder.with_name("moved"))
+    assert command(checkpoint, prompts, tmp_path, "--draft-adapter", moved, *more[2:]) == 0
+    assert len(fake_processes) == jobs
+
+
+def write_adapter(folder, exit_layer=None):
+    """A draft adapter of the checkpoint's first layer."""
+    config = json.loads((MODEL / "config.json").read_text())
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
+    shapes = {"A": (2, config["hidden_size"]), "B": (config["intermediate_size"], 2)}
+    folder.mkdir(parents=True)
+    save_file(
+        {name.format(part): torch.full(shape, 0.01) for part, shape in shapes.items()},
+        folder / "adapter_model.safetensors",
+    )
+    lora = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["up_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(lora))
+    if exit_layer is not None:
+        record = {"base_model": "m", "base_digest": None, "exit_layer": exit_layer}
+        (folder / "layerskip_adapter.json").write_text(json.dumps(record))
+
+
+def test_an_adapter_drafts_from_the_layers_that_it_was_trained_for(
+    checkpoint, prompts, tmp_path, fake_processes, capsys
+):
+    write_adapter(tmp_path / "e3", exit_layer=3)
+    more = ("--draft-adapter", "none", tmp_path / "e3", "--num-measured", 0)
+    assert command(checkpoint, prompts, tmp_path, *more, "--exit-layers", "2,3,5") == 0
+    cells = {
+        (draft[1] != "none", cell[0])
+        for asked in fake_processes if asked["kind"] == "cells"
+        for draft, cell in asked["job"]["cells"] if cell[0]
+    }  # fmt: skip
+    assert cells == {(False, 2), (False, 3), (False, 5), (True, 3)}
+    assert command(checkpoint, prompts, tmp_path, *more, "--exit-layers", "4-6") == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"--draft-adapter {tmp_path / 'e3'}" in message
+    assert "may be 3, and --exit-layers 4-6 has none" in message
+
+
+def test_a_roofline_knows_kinds(checkpoint, prompts, tmp_path, fake_processes, capsys):
+    more = ("--hardware", "h100", "--dry-run", "--draft-quantization", "none", "int4")
+    assert command(checkpoint, prompts, tmp_path, *more, "--dtype", "bfloat16") == 0
+    shown = capsys.readouterr().out
+    assert "drafts with int4" in shown
+    assert '"draft_quantization": "int4"' in shown
+    assert [asked["kind"] for asked in fake_processes] == ["agreement"]
+
+
 def test_other_places_and_none(checkpoint, prompts, tmp_path, fake_processes, capsys):
     before = (checkpoint / "config.json").read_bytes()
     output = tmp_path / "changed.json"
@@ -268,7 +475,7 @@ def test_given_statistics_must_have_the_exit_layers(
 def test_where_drafting_does_not_pay_the_tool_says_so(
     checkpoint, prompts, tmp_path, fake_processes, capsys, monkeypatch
 ):
-    monkeypatch.setattr(Machine, "step_ms", lambda self, e, k, batch_size: 20.0 + e * k)
+    monkeypatch.setattr(Machine, "step_ms", lambda self, e, k, *_: 20.0 + e * k)
     assert command(checkpoint, prompts, tmp_path) == 0
     assert "Drafting does not pay here" in capsys.readouterr().out
     block = json.loads((checkpoint / "config.json").read_text())["layerskip"]
@@ -322,6 +529,18 @@ def test_a_missing_package_is_named_with_its_extra(
         (("--engine-args", "3"), ("JSON object",)),
         (("--accelerator-type", "H100"), ("--accelerator-type H100 needs --ray",)),
         (("--num-measured", "few"), ("'few'", "'all'")),
+        (("--exit-layers", "all"), ("--exit-layers all", "--draft-quantization int4")),
+        (("--exit-layers", "2-all", "--draft-quantization", "int4"), ("from 1 to 12", "'all'")),
+        (
+            ("--exit-layers", "all", "--draft-quantization", "none", "int4"),
+            ("--draft-quantization none", "may be 1 to 11", "--exit-layers all"),
+        ),
+        (("--draft-quantization", "int2"), ("'int2'", "int4")),
+        (("--draft-adapter", "no-such"), ("--draft-adapter no-such", "no folder")),
+        (
+            ("--draft-quantization", "none", "int4", "--agreement", "no.npz"),
+            ("--agreement no.npz", "one draft", "none, int4"),
+        ),
     ],
     ids=repr,
 )  # fmt: skip

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from vllm_layerskip.config.admission import REFUSED, Setting
+from vllm_layerskip.config.admission import REFUSED, Setting, check_twin
 
 REQUEST = {"method": "layerskip", "exit_layer": 2, "num_speculative_tokens": 3}
 FEATURES = Path(__file__).parents[3] / "docs" / "features.md"
@@ -119,6 +120,45 @@ def test_a_scheduler_derived_from_vllms_is_taken(engine_config, name):
     scheduler = f"vllm.v1.core.sched.{name}"
     config = engine_config(dict(REQUEST), scheduler_cls=scheduler)
     assert config.scheduler_config.scheduler_cls == scheduler
+
+
+def test_lora_rules_out_a_twin(engine_config):
+    with pytest.raises(
+        ValueError, match="draft_quantization='int4' cannot go with enable_lora"
+    ) as e:
+        engine_config(REQUEST | {"draft_quantization": "int4"}, enable_lora=True)
+    assert "Set draft_quantization to 'none', or leave LoRA out." in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "config", "kind", "says"),
+    [
+        ("fp8", {"quant_method": "fp8"}, "int4", None),
+        ("fp8", {"quant_method": "fp8"}, "fp8", "it has 8 bits, and 8 bits would not be fewer"),
+        ("gptq", {"bits": 8}, "int4", None),
+        ("gptq_marlin", {"bits": 4}, "int4", "it has 4 bits, and 4 bits would not"),
+        ("awq", {"w_bit": 4}, "int8", "it has 4 bits, and 8 bits would not"),
+        ("compressed-tensors", {"config_groups": {1: {"weights": {"num_bits": 8}}}}, "int4", None),
+        ("compressed-tensors", {"config_groups": {1: {"weights": None}}}, "int4", "unknown"),
+        ("bitsandbytes", None, "int4", "it has an unknown number of bits"),
+        (None, None, "int8", None),
+    ],
+)  # fmt: skip
+def test_a_quantised_target_may_have_a_twin_of_fewer_bits(quantization, config, kind, says):
+    options = SimpleNamespace(has_twin=True, draft_quantization=kind, draft_adapter=None)
+    model_config = SimpleNamespace(
+        quantization=quantization, hf_config=SimpleNamespace(quantization_config=config)
+    )
+    arguments = options, model_config, SimpleNamespace(enable_lora=False)
+    if says is None:
+        check_twin(*arguments)
+        options.draft_adapter = SimpleNamespace(path="a")
+        says = "an adapter is merged into weights of full width"
+        if quantization is None:
+            return
+    with pytest.raises(ValueError, match="cannot go with this quantised target") as error:
+        check_twin(*arguments)
+    assert says in str(error.value)
 
 
 @pytest.mark.parametrize("setting", ["enable_lora", "enable_prompt_embeds"])

@@ -2,7 +2,9 @@
 """Catch an engine config that LayerSkip cannot run on, or that leaks into other engines: real
 ``VllmConfig``s are built, no engine is started."""
 
+import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 
@@ -81,14 +83,37 @@ def test_what_is_compiled_for_one_setting_is_not_used_for_another(engine_config)
         REQUEST,
         REQUEST | {"exit_layer": 1},
         REQUEST | {"num_speculative_tokens": 2},
+        REQUEST | {"draft_quantization": "int4"},
+        REQUEST | {"draft_quantization": "int8"},
         {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2},
         None,
     ]
     configs = [engine_config(request and dict(request)) for request in requests]
     assert len({config.compute_hash() for config in configs}) == len(requests)
-    ours = [config.speculative_config.compute_hash() for config in configs[:3]]
-    assert len(set(ours)) == 3
+    ours = [config.speculative_config.compute_hash() for config in configs[:5]]
+    assert len(set(ours)) == 5
     assert engine_config(dict(REQUEST)).speculative_config.compute_hash() == ours[0]
+    config = copy.copy(configs[0].speculative_config)
+    for digest in ("aa", "bb"):
+        config.draft_adapter = SimpleNamespace(digest=digest)
+        assert config.compute_hash() not in ours
+        ours.append(config.compute_hash())
+
+
+def test_a_twin_reuses_nothing_and_says_what_it_is(engine_config):
+    config = engine_config(REQUEST | {"draft_quantization": "int4"}).speculative_config
+    assert config.has_twin
+    assert not config.reuse_exit_states
+    assert "draft_quantization='int4'" in repr(config)
+    assert not engine_config(dict(REQUEST)).speculative_config.has_twin
+    sent = pickle.loads(pickle.dumps(config))
+    assert sent.draft_quantization == "int4"
+
+
+@pytest.mark.parametrize("value", ["all", 4])
+def test_all_layers_draft(engine_config, value):
+    request = REQUEST | {"exit_layer": value, "draft_quantization": "int8"}
+    assert engine_config(request).speculative_config.exit_layer == 4
 
 
 def test_what_runs_around_the_stages_compiles_nothing_anew(engine_config, tmp_path):

@@ -3,6 +3,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -10,10 +11,12 @@ from vllm_layerskip.config.options import resolve_options
 from vllm_layerskip.errors import UserError
 from vllm_layerskip.tuning.checkpoint_block import (
     check_writable,
+    path_in_checkpoint,
     read_config,
     tuned_block,
     write_config,
 )
+from vllm_layerskip.tuning.drafts import Draft
 from vllm_layerskip.tuning.schedule import Choice
 
 CHOICE = Choice(3, 5, ((1, 4, 5), (5, 16, 0)), {1: 1.4, 16: 1.0})
@@ -42,6 +45,29 @@ def test_what_else_the_block_says_stays():
     assert block["recipe"] == {"rotation": 3}
     assert block["tuning"] == {"device": "here"}
     assert tuned_block(None, CHOICE, {})["exit_layer"] == 3
+
+
+def test_a_twin_is_written_and_the_next_choice_takes_it_out():
+    twin = replace(CHOICE, exit_layer=12, draft=Draft("int4", "abc"))
+    block = tuned_block(CONFIG["layerskip"], twin, {}, "adapters/e12")
+    options = resolve_options({"method": "layerskip"}, 12, json.loads(json.dumps(block)))
+    assert (options.exit_layer, options.draft_quantization) == (12, "int4")
+    assert options.draft_adapter.path == "adapters/e12"
+    options = resolve_options({"method": "layerskip"}, 12, tuned_block(block, CHOICE, {}))
+    assert not options.has_twin
+
+
+def test_a_path_inside_the_checkpoint_is_relative_to_it(tmp_path, monkeypatch):
+    inside, outside = tmp_path / "model" / "adapters" / "e3", tmp_path / "model-e3"
+    inside.mkdir(parents=True)
+    outside.mkdir()
+    model = str(tmp_path / "model")
+    assert path_in_checkpoint(model, str(inside)) == "adapters/e3"
+    assert path_in_checkpoint(model, str(outside)) is None
+    assert path_in_checkpoint(model, model) is None
+    assert path_in_checkpoint("name/on-the-hub", str(inside)) is None
+    monkeypatch.chdir(tmp_path)
+    assert path_in_checkpoint("model", "model/adapters/e3") == "adapters/e3"
 
 
 def test_the_first_original_is_kept(path):

@@ -95,6 +95,15 @@ def test_a_draft_vocabulary_makes_roofline_drafts_cheaper():
     assert small.step_s(4, 4, 1) < RooflineCosts(roofline, 0).step_s(4, 4, 1)
 
 
+def test_roofline_drafts_are_cheaper_in_fewer_bits():
+    roofline = Roofline(SHAPES["llama-2-7b"], BYTES_ONLY)
+    steps = [
+        RooflineCosts(roofline, 0, None, kind).step_s(8, 4, 1) for kind in ("int4", "int8", "none")
+    ]
+    assert steps == sorted(steps)
+    assert steps[0] < steps[1] < steps[2]
+
+
 @pytest.mark.parametrize(
     ("part", "name"),
     [

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_layerskip.config.options import checked_schedule
-from vllm_layerskip.tuning.schedule import candidates, choose, make_schedule
+from vllm_layerskip.tuning.drafts import OWN, Draft
+from vllm_layerskip.tuning.schedule import candidates, choose, choose_draft, make_schedule
 
 
 def test_one_batch_size_is_the_best_cell():
@@ -93,4 +94,36 @@ def test_candidates_begin_with_what_the_choice_needs():
         (3, 6, 1): 1.5, (3, 2, 1): 1.2, (3, 6, 8): 1.1, (3, 2, 8): 1.3,
         (4, 6, 1): 1.45, (4, 2, 1): 1.1, (4, 6, 8): 1.0, (4, 2, 8): 1.05,
     }  # fmt: skip
-    assert candidates(speedups) == [(3, 6), (3, 2), (4, 6), (4, 2)]
+    cells = [(3, 6), (3, 2), (4, 6), (4, 2)]
+    assert candidates({OWN: speedups}) == [(OWN, cell) for cell in cells]
+
+
+INT4, INT8 = Draft("int4"), Draft("int8")
+
+
+def test_each_draft_has_a_candidate_before_the_rest_by_speed():
+    """Predictions of two drafts err in their own ways, so one must not shut out the other."""
+    own = {(3, 4, 1): 1.2, (4, 4, 1): 1.19, (5, 4, 1): 1.18}
+    found = candidates({OWN: own, INT4: {(9, 4, 1): 1.5, (8, 4, 1): 1.1}, INT8: {(9, 4, 1): 0.8}})
+    assert found[:3] == [(INT4, (9, 4)), (OWN, (3, 4)), (INT8, (9, 4))]
+    assert found[3:] == [(OWN, (4, 4)), (OWN, (5, 4)), (INT4, (8, 4))]
+
+
+def test_the_draft_is_the_one_with_the_largest_mean_speedup():
+    own = {(2, 4, 1): 1.6, (2, 4, 8): 1.0}
+    int4 = {(6, 4, 1): 1.5, (6, 2, 8): 1.3, (6, 4, 8): 1.1}
+    choice = choose_draft({OWN: own, INT4: int4})
+    assert (choice.draft, choice.exit_layer, choice.num_speculative_tokens) == (INT4, 6, 4)
+    assert choice.schedule == ((1, 1, 4), (2, 8, 2))
+    assert choice.to_dict()["draft_quantization"] == "int4"
+    slower = {cell: value / 1.2 for cell, value in int4.items()}
+    choice = choose_draft({OWN: own, INT4: slower})
+    assert (choice.draft, choice.exit_layer) == (OWN, 2)
+    assert "draft_quantization" not in choice.to_dict()
+    assert choose_draft({OWN: own, INT4: own}).draft == OWN  # Of equals the first one.
+
+
+def test_where_no_draft_pays_the_one_that_loses_the_least_stands():
+    choice = choose_draft({OWN: {(1, 1, 1): 0.7}, INT4: {(4, 1, 1): 0.9}, INT8: {(4, 1, 1): 0.8}})
+    assert choice.draft == INT4
+    assert not choice.pays
