@@ -219,7 +219,10 @@ class Session:
             there = self.delivery / path.name
             if not path.exists() or self._delivered.get(path) == path.stat().st_mtime_ns:
                 continue
-            if there.exists() or len(list(self.delivery.glob("*.json"))) < MAX_DELIVERED:
+            others = [p for p in self.delivery.glob("*.json") if p.name != STATE]
+            # The state has a place of its own: it is written after results, when a part has ended.
+            has_room = path.name == STATE or len(others) < MAX_DELIVERED - 1
+            if there.exists() or has_room:
                 changed = path.stat().st_mtime_ns
                 shutil.copy(path, there)
                 self._delivered[path] = changed

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Carries the workers' verify counts and memory to the process that answers ``/metrics``.
 
-A worker counts verify steps and knows its memory; the engine's front end, in another process and maybe on another
-machine, exports them. The counts ride on messages that vLLM sends anyway, as host integers, so
-nothing waits for the device and no message is added:
+A worker counts verify steps and knows its memory; the engine's front end, in another process and
+maybe on another machine, exports them. The counts ride on messages that vLLM sends anyway, as host
+integers, so nothing waits for the device and no message is added:
 
 * worker -> scheduler: the totals so far are an attribute of the step's ``ModelRunnerOutput``.
   vLLM takes the output of one rank per engine, so a count is a step's and not a rank's.

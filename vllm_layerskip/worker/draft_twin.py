@@ -86,6 +86,7 @@ class DraftTwin:
         )
         self._num_weight_changes = -1
         self._norm_weights: tuple[nn.Parameter, torch.Tensor] | None = None
+        self._merged: set[str] = set()
         self.linears: list[TwinLinear] = []
         self.num_full_width = 0
         """Linear layers that the twin shares with the target."""
@@ -95,6 +96,7 @@ class DraftTwin:
         self.layers = [
             self._twin_of(layer, f"model.layers.{index}") for index, layer in enumerate(layers)
         ]
+        self._require_all_merged()
         if not self.linears:
             raise ValueError(
                 f"speculative_config: draft_quantization={self.kind!r} changes none of the layers "
@@ -107,6 +109,19 @@ class DraftTwin:
         for linear in (*self.linears, *filter(None, [self.head])):
             linear.watch()
         self.exit_model = self._exit_model()
+
+    def _require_all_merged(self) -> None:
+        """Check that vLLM's class has a layer for each part of the adapter."""
+        adapter, config = self._adapter, self._config.draft_adapter
+        if adapter is None or config is None:
+            return
+        missing = sorted(set(adapter.module_names) - self._merged)
+        if missing:
+            raise ValueError(
+                f"{config.source}: the adapter changes {missing[0]}, and "
+                f"{type(self._model).__name__} has no linear layer of that name. Train an adapter "
+                "for other target_modules, or leave draft_adapter out."
+            )
 
     def _head(self) -> TwinLinear | None:
         """The LM head in the twin's kind; None for the target's own."""
@@ -169,8 +184,10 @@ class DraftTwin:
         parts = getattr(self._model, "packed_modules_mapping", {}).get(leaf, [leaf])
         if name in adapter.module_names:  # The checkpoint has the fused layer, too.
             parts = [leaf]
-        if not any(f"{parent}.{part}" in adapter.module_names for part in parts):
+        merged = {f"{parent}.{part}" for part in parts} & set(adapter.module_names)
+        if not merged:
             return None
+        self._merged |= merged
         # The loader of this moment: during a reload vLLM has others there, which count.
         load = linear.weight.weight_loader
         shard_ids = _QKV if isinstance(linear, QKVParallelLinear) else range(len(parts))

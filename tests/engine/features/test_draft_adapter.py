@@ -190,3 +190,12 @@ def test_an_adapter_of_another_model_is_refused_by_name(tmp_path, adapter, check
         args.create_engine_config()
     assert str(checkpoint) in str(error.value)
     assert str(other) in str(error.value)
+
+
+def test_a_part_that_the_model_names_otherwise_is_not_dropped_in_silence(
+    pool, checkpoint, adapter, monkeypatch
+):
+    twin = start(pool, checkpoint, adapter).runner.model.draft_twin
+    monkeypatch.setattr(twin, "_merged", twin._merged - {"model.layers.1.mlp.up_proj"})
+    with pytest.raises(ValueError, match=r"changes model\.layers\.1\.mlp\.up_proj, and LayerSkip"):
+        twin._require_all_merged()
