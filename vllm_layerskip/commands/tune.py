@@ -206,6 +206,7 @@ def run(args: argparse.Namespace) -> None:
         from vllm_layerskip.tuning.report import text_report
         from vllm_layerskip.tuning.run import execute
     plan = make_plan(settings)
+    _warn_of_references(plan)
     result = execute(plan, _say)
     print(text_report(result))
     _print_warnings(plan, result)
@@ -262,6 +263,15 @@ def _ray_settings(args: argparse.Namespace) -> RaySettings | None:
     if args.accelerator_type is not None:
         raise UserError(f"--accelerator-type {args.accelerator_type} needs --ray. Add it.")
     return None
+
+
+def _warn_of_references(plan: TuningPlan) -> None:
+    """Say before anything is measured that times of float32 say nothing of a twin."""
+    if plan.engine.dtype == "float32" and any(draft.may_exit_last for draft in plan.grids):
+        _say(
+            "Warning: in float32 a draft of fewer bits is a reference that costs what full width "
+            "costs. Give --dtype bfloat16 to choose by speed."
+        )
 
 
 def _print_warnings(plan: TuningPlan, result: Result) -> None:

@@ -19,6 +19,7 @@ from vllm_layerskip.evaluation.predictions import generate_greedily, measure_agr
 from vllm_layerskip.evaluation.twin import make_twin
 from vllm_layerskip.host.engine_start import check_engine
 from vllm_layerskip.tuning.check_drafts import read_adapter
+from vllm_layerskip.tuning.check_kernels import check_kernels
 from vllm_layerskip.tuning.drafts import OWN, Draft, agreement_name
 from vllm_layerskip.tuning.grid import DraftCell
 from vllm_layerskip.tuning.jobs import AgreementJob, EngineSettings
@@ -59,6 +60,7 @@ def _vllm_answers(job: AgreementJob) -> list[list[int]]:
     for draft, exit_layers in job.exits:
         cell = DraftCell(draft, (exit_layers[0], 1))
         check_engine(given_arguments(job.engine, cell, max(job.workload.batch_sizes)))
+    check_kernels(job.engine, [draft for draft, _ in job.exits])
     return generate(job.engine, job.workload)
 
 

@@ -65,7 +65,7 @@ def draw_map(result: Result, path: Path) -> None:
             image = _draw(axis, panel, limit)
     _add_colour_bar(figure, image, axes, limit)
     figure.suptitle(
-        "Predicted speed-up; bold in a frame: measured; star: what was chosen",
+        "Predicted speed-up; bold in a frame: measured;\nstar: what was chosen",
         fontsize="medium",
     )
     figure.savefig(path, dpi=160)

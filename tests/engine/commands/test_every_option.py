@@ -155,7 +155,7 @@ RUNS: dict[str, dict[str, Run]] = {
         "predicted": Run(
             f"{_TUNE} --hardware h100 --generator transformers --batch-sizes 1,2 --chat "
             "--max-prompt-tokens 64 --dtype float32 --draft-vocab ids.json --map map.png "
-            "--output config.json",
+            "--draft-quantization none int4 --draft-adapter none adapter --output config.json",
             lambda folder, printed: (
                 layerskip_block(folder)["exit_layer"] in (3, 6)
                 and (folder / "map.png").stat().st_size > 1000

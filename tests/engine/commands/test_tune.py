@@ -15,19 +15,25 @@ import pytest
 
 from vllm_layerskip.config.options import resolve_options
 from vllm_layerskip.tuning.cells import load_measurements, num_equal_outputs
-from vllm_layerskip.tuning.grid import PLAIN
+from vllm_layerskip.tuning.drafts import OWN, Draft
+from vllm_layerskip.tuning.grid import PLAIN, PLAIN_DECODING, DraftCell
 from vllm_layerskip.tuning.jobs import CellJob, EngineSettings, Workload
 from vllm_layerskip.tuning.measure import batch_groups, generate, measure_cells
 
 ROOT = Path(__file__).parents[3]
-CELL = (3, 4)
+CELL = DraftCell(OWN, (3, 4))
+TWIN = DraftCell(Draft("int4"), (12, 4))
 
 
 def test_a_cell_is_measured_as_it_was_predicted(checkpoint: Path, prompts: list[list[int]]) -> None:
-    """Plain decoding and one cell, in this process: outputs, counters, and acceptance."""
+    """Plain decoding, one cell, and a twin of all layers, in this process: outputs, counters, and
+    acceptance."""
     from checkpoints import load_reference
 
+    from vllm_layerskip.evaluation.agreement import Agreement
     from vllm_layerskip.evaluation.predictions import measure_agreement
+    from vllm_layerskip.evaluation.twin import make_twin
+    from vllm_layerskip.tuning.twin_agreement import measure_twin_agreement
 
     engine = EngineSettings(
         model=str(checkpoint),
@@ -45,12 +51,12 @@ def test_a_cell_is_measured_as_it_was_predicted(checkpoint: Path, prompts: list[
         batch_sizes=(1, 3),
         repeats=1,
     )
-    job = CellJob((PLAIN, CELL), engine, load, "digest")
+    job = CellJob((PLAIN_DECODING, CELL, TWIN), engine, load, "digest")
     assert CellJob.from_dict(json.loads(json.dumps(job.to_dict()))) == job
-    rows = {(row.cell, row.batch_size): row for row in measure_cells(job)}
-    assert list(rows) == [(PLAIN, 1), (PLAIN, 3), (CELL, 1), (CELL, 3)]
-    for batch_size in load.batch_sizes:
-        plain, row = rows[PLAIN, batch_size], rows[CELL, batch_size]
+    rows = {(row.draft_cell, row.batch_size): row for row in measure_cells(job)}
+    assert list(rows) == [(cell, size) for cell in job.cells for size in (1, 3)]
+    for cell, batch_size in list(rows)[2:]:
+        plain, row = rows[PLAIN_DECODING, batch_size], rows[cell, batch_size]
         assert num_equal_outputs(row, plain) == (4, 4)
         assert plain.acceptance_length == 1.0
         assert (plain.num_drafts, plain.num_accepted_tokens) == (0, 0)
@@ -69,6 +75,12 @@ def test_a_cell_is_measured_as_it_was_predicted(checkpoint: Path, prompts: list[
     predicted = agreement.acceptance_lengths(4)[0, 3]
     # The same text, but for where its last, incomplete step begins.
     assert rows[CELL, 1].acceptance_length == pytest.approx(predicted, rel=0.08)
+    make_twin(reference, "int4", None)
+    matches = measure_twin_agreement(reference, load.prompts, continuations, (12,))
+    predicted = Agreement((12,), matches, 1.0).acceptance_lengths(4)[0, 3]
+    # The engine's drafts attend to the target's K/V, so they may be better.
+    assert predicted * 0.92 < rows[TWIN, 1].acceptance_length < 5
+    assert rows[TWIN, 1].acceptance_length > rows[CELL, 1].acceptance_length
 
 
 def test_every_group_is_full_and_every_prompt_in_one() -> None:
@@ -133,6 +145,35 @@ def test_from_prompts_to_auto(
 
 
 @pytest.mark.slow
+def test_a_model_without_a_block_drafts_with_all_its_layers(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """Twins alone, through the processes that the command starts."""
+    model, results, file = tmp_path / "model", tmp_path / "results", tmp_path / "prompts.txt"
+    shutil.copytree(checkpoint, model)
+    config = json.loads((model / "config.json").read_text())
+    del config["layerskip"]
+    (model / "config.json").write_text(json.dumps(config))
+    file.write_text("def main():\nimport os\n")
+    run_tune(
+        "--model", model, "--prompts", file, "--max-tokens", 24, "--exit-layers", "all",
+        "--draft-quantization", "int4", "fp8", "--num-speculative-tokens", "2", "--repeats", 1,
+        "--num-measured", 0, "--enforce-eager", "--cells-per-process", 9, "--results", results,
+    )  # fmt: skip
+    rows = {row.draft.quantization: row for row in load_measurements(results / "cells.csv")}
+    assert set(rows) == {"none", "int4", "fp8"}
+    assert rows["none"].cell == PLAIN
+    for kind in ("int4", "fp8"):
+        assert rows[kind].cell == (12, 2)
+        assert rows[kind].num_accepted_tokens > 0
+        assert num_equal_outputs(rows[kind], rows["none"]) == (2, 2)
+    block = json.loads((model / "config.json").read_text())["layerskip"]
+    options = resolve_options({"model": "[self]"}, 12, block)
+    assert options.exit_layer == 12
+    assert options.draft_quantization in ("int4", "fp8")
+
+
+@pytest.mark.slow
 def test_on_a_ray_cluster(checkpoint: Path, tmp_path: Path) -> None:
     """Ray tasks on this machine, cut off by a lost row, then gone on with."""
     pytest.importorskip("ray")
@@ -141,12 +182,15 @@ def test_on_a_ray_cluster(checkpoint: Path, tmp_path: Path) -> None:
     command = (
         "--model", checkpoint, "--prompts", file, "--max-tokens", 24, "--dry-run", "--ray",
         "--num-speculative-tokens", "1-2", "--exit-layers", "3,6", "--repeats", 1,
-        "--num-measured", 0, "--enforce-eager", "--cells-per-process", 3, "--results", results,
+        "--draft-quantization", "none", "int4", "--num-measured", 0, "--enforce-eager",
+        "--cells-per-process", 3, "--results", results,
     )  # fmt: skip
     run_tune(*command)
     rows = load_measurements(results / "cells.csv")
     (plain,) = (row for row in rows if row.cell == PLAIN)
-    assert {row.cell for row in rows} > {(3, 1), (3, 2), (6, 1), (6, 2)}
+    cells = {(e, k) for e in (3, 6) for k in (1, 2)}
+    assert {row.cell for row in rows if not row.draft.has_twin} > cells
+    assert {row.cell for row in rows if row.draft == Draft("int4")} >= cells
     for row in rows:
         if row.cell != PLAIN:
             assert row.num_accepted_tokens > 0
@@ -157,5 +201,5 @@ def test_on_a_ray_cluster(checkpoint: Path, tmp_path: Path) -> None:
     again = load_measurements(results / "cells.csv")
     # The others were not measured again.
     assert again[:-1] == rows[:-1]
-    assert again[-1].cell == rows[-1].cell
+    assert again[-1].draft_cell == rows[-1].draft_cell
     assert again[-1].outputs == rows[-1].outputs

@@ -343,6 +343,7 @@ def test_a_twin_is_chosen_written_and_served(checkpoint, prompts, tmp_path, fake
     shown = capsys.readouterr()
     assert "drafts with int4, E = 12" in shown.out
     assert "int8 E=12 K=2, batch 1" in shown.err
+    assert "Warning: in float32 a draft of fewer bits is a reference" in shown.err
     report = json.loads((tmp_path / "results" / "report.json").read_text())
     assert [twin["quantization"] for twin in report["twins"]] == ["int4", "int8", "fp8"]
     assert "costs" not in report
@@ -427,9 +428,10 @@ def test_an_adapter_drafts_from_the_layers_that_it_was_trained_for(
 def test_a_roofline_knows_kinds(checkpoint, prompts, tmp_path, fake_processes, capsys):
     more = ("--hardware", "h100", "--dry-run", "--draft-quantization", "none", "int4")
     assert command(checkpoint, prompts, tmp_path, *more, "--dtype", "bfloat16") == 0
-    shown = capsys.readouterr().out
-    assert "drafts with int4" in shown
-    assert '"draft_quantization": "int4"' in shown
+    shown = capsys.readouterr()
+    assert "drafts with int4" in shown.out
+    assert '"draft_quantization": "int4"' in shown.out
+    assert "float32" not in shown.err
     assert [asked["kind"] for asked in fake_processes] == ["agreement"]
 
 
