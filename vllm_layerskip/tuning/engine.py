@@ -62,7 +62,9 @@ def engine_settings(
         enforce_eager=settings.engine.enforce_eager,
         draft_vocab=settings.engine.draft_vocab,
         kv_cache_memory_bytes=_kv_bytes(config, num_tokens, grid) if on_cpu else None,
-        draft_adapters={digest: str(adapter.path) for digest, adapter in adapters.items()},
+        draft_adapters={
+            digest: str(adapter.path.absolute()) for digest, adapter in adapters.items()
+        },
         engine_args=settings.engine.engine_args,
     )
 

@@ -90,14 +90,10 @@ def _exit_layers(settings: GridSettings, num_layers: int) -> tuple[int, ...]:
     try:
         return _numbers("--exit-layers", numbers, largest)
     except UserError:
-        all_layers = (
-            f"; {ALL!r} for all {num_layers}"
-            if may_be_all
-            else (f"; all {num_layers} layers draft only as a twin (--draft-quantization int4)")
-        )
+        only_with = "" if may_be_all else ", with --draft-quantization int4 or the like"
         raise UserError(
-            f"--exit-layers {text} must be integers from 1 to {largest}, such as 2-4 or "
-            f"1,2,8{all_layers}."
+            f"--exit-layers {text} must be integers from 1 to {largest}, such as 2-4 or 1,2,8; "
+            f"{ALL!r} stands for {num_layers}{only_with}."
         ) from None
 
 
@@ -114,22 +110,19 @@ def _exit_layers_of(
     adapter = adapters.get(draft.adapter)
     if adapter is not None:
         option = f"--draft-adapter {adapter.path} with {option}"
-        first = adapter.num_layers
-        if adapter.exit_layer is not None:
-            first, last = adapter.exit_layer, min(adapter.exit_layer, last)
+        first = adapter.exit_layer or adapter.num_layers
+        last = min(adapter.exit_layer or last, last)
     found = tuple(layer for layer in exit_layers if first <= layer <= last)
-    if not found:
-        valid = f"{first} to {last}" if first < last else str(first)
-        given = f"--exit-layers {settings.exit_layers or '(default)'}"
-        fault = (
-            f"its exit layer may be {valid}, and {given} has none of those"
-            if first <= last
-            else f"it exits after layer {first} of {num_layers}, which needs rounded weights"
-        )
-        raise UserError(
-            f"{option}: {fault}. Change --exit-layers, --draft-quantization or --draft-adapter."
-        )
-    return found
+    if found:
+        return found
+    given = f"--exit-layers {settings.exit_layers or '(default)'}"
+    valid = f"{first} to {last}" if first < last else str(first)
+    fault = f"its exit layer may be {valid}, and {given} has none of those"
+    if first > last:
+        fault = f"it exits after {first} of {num_layers} layers, which needs rounded weights"
+    raise UserError(
+        f"{option}: {fault}. Change --exit-layers, --draft-quantization or --draft-adapter."
+    )
 
 
 def _numbers(option: str, text: str, largest: int | None = None) -> tuple[int, ...]:

@@ -80,8 +80,9 @@ class TwinMethod(LinearMethodBase):
         self, layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> None:
         made = nn.Module()
-        # Kernels of vLLM may change a layer's bias; this one is the twin's own.
-        made.register_parameter("bias", None if bias is None else _parameter(bias.clone()))
+        # Kernels of vLLM may change a layer's bias, also its dtype; this one is the twin's own.
+        own_bias = None if bias is None else _parameter(bias.to(self.dtype, copy=True))
+        made.register_parameter("bias", own_bias)
         made.logical_widths = [self.num_outputs]
         made.input_size_per_partition = self.num_inputs
         made.output_size_per_partition = self.num_outputs
@@ -244,6 +245,14 @@ class Fp8(_KernelMethod):
             made.register_parameter(name, None)
         self._count(rounded.values, scales)
         self.kernel.process_weights_after_loading(made)
+
+    def apply(
+        self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if bias is None or self._per_output:
+            return super().apply(layer, x, bias)
+        # vLLM's kernel of an x86 CPU takes no bias of the model's dtype.
+        return super().apply(layer, x) + bias
 
 
 USUAL_SIZE = 4096

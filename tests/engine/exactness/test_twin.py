@@ -16,11 +16,12 @@ from checkpoints import random_llama
 from engines import EnginePool
 from families import FAMILIES, WINDOW, random_checkpoint
 from features import FEATURES, SAMPLED
+from test_families import SLOW
 from test_feature_matrix import SCHEDULING, SETTINGS, ask
 from test_max_model_len import MAX_MODEL_LEN, run_to_the_end
 from test_prefix_cache import cached_tokens, recorded_batches
 from test_sampling import assert_drawn_from, exact_distribution, sample
-from twins import spoil, speculating, twin_engine, twins_without_rounding
+from twins import speculating, spoil, twin_engine, twins_without_rounding
 
 BLOCK_SIZE = 32
 ALL = "all"
@@ -31,8 +32,20 @@ RANDOM_PROMPTS = [[0, *range(3, 3 + length)] for length in (1, 9, 31, 32)]
 pytestmark = pytest.mark.usefixtures("many_small_engines")
 
 
-@pytest.mark.parametrize("num_speculative_tokens", [1, 4, 7])
-@pytest.mark.parametrize("exit_layer", [1, NUM_LAYERS // 2, ALL])
+@pytest.mark.parametrize(
+    ("exit_layer", "num_speculative_tokens"),
+    [
+        (1, 1),
+        (1, 4),
+        pytest.param(1, 7, marks=pytest.mark.slow),
+        pytest.param(NUM_LAYERS // 2, 1, marks=pytest.mark.slow),
+        (NUM_LAYERS // 2, 4),
+        pytest.param(NUM_LAYERS // 2, 7, marks=pytest.mark.slow),
+        (ALL, 1),
+        (ALL, 4),
+        (ALL, 7),
+    ],
+)
 def test_mixed_lengths_and_more_requests_than_slots(
     pool, checkpoint, prompts, exit_layer, num_speculative_tokens
 ):
@@ -182,9 +195,7 @@ def test_prefix_hits_and_tokens_equal_plain_vllms(pool, request, prompts, model_
 
 def padded_rows(batches, num_rows: int) -> int:
     """Batches with a prefill of one token that vLLM padded to look like a decode of five drafts."""
-    return sum(
-        has_prefill and tokens == [6] * num_rows for has_prefill, tokens, *_ in batches
-    )
+    return sum(has_prefill and tokens == [6] * num_rows for has_prefill, tokens, *_ in batches)
 
 
 def test_one_token_left_after_a_hit_while_another_request_runs(engine, plain, prompts):
@@ -292,7 +303,7 @@ def test_a_schedule_that_goes_to_no_drafts_and_back(pool, checkpoint, prompts):
     assert sum(drafted[without[-1] :]) > 0, "no drafts after the batch became small again"
 
 
-@pytest.mark.parametrize("exit_layer", [1, ALL])
+@pytest.mark.parametrize("exit_layer", [1, pytest.param(ALL, marks=pytest.mark.slow)])
 def test_windows_free_blocks_behind_a_twins_drafts(pool, tmp_path, exit_layer):
     """Layers with a sliding window and without take turns."""
     model = random_checkpoint(tmp_path / "model", "Gemma3ForCausalLM")
@@ -316,7 +327,10 @@ def test_windows_free_blocks_behind_a_twins_drafts(pool, tmp_path, exit_layer):
 
 @pytest.mark.parametrize(
     ("scheduling", "async_scheduling"),
-    [("whole prompts", False), ("chunked prefill and preemption", True)],
+    [
+        pytest.param("whole prompts", False, marks=pytest.mark.slow),
+        ("chunked prefill and preemption", True),
+    ],
     ids=["whole-prompts", "async-chunks-preemption"],
 )
 def test_every_feature_in_one_batch(pool, checkpoint, prompts, scheduling, async_scheduling):
@@ -348,7 +362,9 @@ def test_every_feature_in_one_batch(pool, checkpoint, prompts, scheduling, async
             )
 
 
-@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+@pytest.mark.parametrize(
+    "method", [pytest.param("greedy", marks=pytest.mark.slow), "probabilistic"]
+)
 def test_the_distribution_is_the_targets(pool, tmp_path, method):
     model = random_llama(tmp_path / "model", vocab_size=6, logit_gain=0.35, seed=3)
     temperature = 0.9
@@ -381,7 +397,10 @@ def few_engines():
     pool.close()
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in FAMILIES],
+)
 def test_every_family_drafts_with_all_its_layers_in_four_bits(few_engines, tmp_path, architecture):
     model = random_checkpoint(tmp_path / "model", architecture)
     expected = few_engines.get(model).greedy(RANDOM_PROMPTS, max_tokens=20)

@@ -12,7 +12,8 @@ import json
 import pytest
 import torch
 from checkpoints import random_llama
-from engines import ENGINE_DEFAULTS
+from engines import ENGINE_DEFAULTS, EnginePool
+from families import random_checkpoint
 from processes import run_script
 from test_draft_vocab import drafted
 from test_prompt_embeds import EMBEDS, greedy
@@ -21,10 +22,13 @@ from test_weight_changes import CHANGES, MIN_TOKENS, answers, noisy_checkpoint, 
 from test_weight_changes import SETTINGS as WITHOUT_PREFIX_CACHE
 from twin_worker import EXTENSION
 from twins import linears_of, outputs, rounding_error, speculating, spoil, twin_engine, twin_of
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.inputs import EmbedsPrompt, TokensPrompt
 
+from vllm_layerskip.twins.kinds import KINDS
 from vllm_layerskip.twins.rounding import round_trip
 from vllm_layerskip.worker.draft_twin import DraftTwin
+from vllm_layerskip.worker.twin_methods import kinds_that_work
 
 ALL = "all"
 VOCAB_SIZE = 1024
@@ -165,14 +169,13 @@ def engines(pool, checkpoint, noisy_checkpoint):  # noqa: F811
     "name",
     [
         "reload",
-        "transfer by load_weights",
         "apply_model",
         "sleep level 2",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("reload in kernel format", "transfer in place", "collective_rpc")
+            for name in CHANGES
+            if name not in ("reload", "apply_model", "sleep level 2")
         ),
-        pytest.param("sleep level 1", marks=pytest.mark.slow),
     ],
 )
 def test_weights_that_change_in_flight(engines, prompts, name):
@@ -195,6 +198,40 @@ def test_a_missed_change_would_leave_an_old_twin(engines, prompts, monkeypatch):
     CHANGES["apply_model"](engine)
     engine.greedy(prompts[:1], 8)
     assert rounding_error(twin_of(engine).head, "int4") > 0.1
+
+
+# vLLM's kernels.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vllms_own_kernels_draft_for_a_model_with_biases(tmp_path, kind):
+    """In bfloat16; near ties need not be plain decoding's there."""
+    with set_current_vllm_config(VllmConfig()):
+        if kind not in kinds_that_work(torch.bfloat16):
+            pytest.skip(f"vLLM has no kernel for {kind} on this machine")
+    pool = EnginePool()
+    model = random_checkpoint(tmp_path / "model", "Qwen2ForCausalLM")
+    engine = twin_engine(pool, model, ALL, 3, kind, dtype="bfloat16", max_model_len=128)
+    twin = twin_of(engine)
+    assert twin.kernel_names != ["full width"]
+    assert twin.num_full_width == 0
+    before = None
+    for _ in range(2):
+        with speculating(engine) as counts:
+            tokens = engine.greedy(RANDOM_PROMPTS, 24)
+        assert [len(answer) for answer in tokens] == [24] * 3
+        assert counts.num_accepted_tokens > 0.5 * counts.num_draft_tokens
+        assert before in (None, (tokens, counts.drafts))
+        before = tokens, counts.drafts
+        # The twin is made again, outside of vLLM's start.
+        for linear in linears_of(engine):
+            linear.method.make_weights(
+                linear.module,
+                torch.zeros(linear.shape, dtype=torch.bfloat16, device=engine.runner.device),
+                linear.module._parameters["bias"],
+            )
+        reload_weights(engine)
+    pool.close()
 
 
 # Embeddings.

@@ -116,9 +116,7 @@ def test_an_engine_that_starts_as_on_a_gpu(pool, graphs, checkpoint, prompts):  
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_compiled_twin_is_a_unit_of_its_own(
-    pool, checkpoint, prompts, tmp_path, monkeypatch
-):
+def test_a_compiled_twin_is_a_unit_of_its_own(pool, checkpoint, prompts, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     expected = pool.get(checkpoint).greedy(prompts[:4], max_tokens=30)
     # The same exit layer with other weights, and all layers: no unit takes another one's place.

@@ -66,6 +66,10 @@ class Machine:
     ):  # fmt: skip
         self.agreement, self.agreements, self.digest = agreement, agreements or {}, digest
         self.layer_costs = layer_costs or LAYER_COSTS
+        self.lengths = {
+            draft: of.acceptance_lengths(8)
+            for draft, of in {OWN: agreement, **self.agreements}.items()
+        }
         self.verify, self.draft, self.layer, self.noise = verify, draft, layer, noise
         self.random = random.Random(0)
         self.asked = []
@@ -83,7 +87,8 @@ class Machine:
         else:
             agreement = self.agreements.get(draft, self.agreement)
             step_ms = self.step_ms(e, k, batch_size, self.layer_costs[draft.quantization])
-            length = agreement.acceptance_lengths(8)[agreement.exit_layers.index(e), k - 1]
+            lengths = self.lengths.get(draft, self.lengths[OWN])
+            length = lengths[agreement.exit_layers.index(e), k - 1]
         step_ms *= 1 + self.random.uniform(-self.noise, self.noise)
         speed = 1e3 * batch_size * length / step_ms
         return Measurement(
@@ -230,6 +235,15 @@ def test_kinds_that_cost_as_much_as_the_target_do_not_pay(tmp_path):
     draft, exit_layer, pays = chosen_of(tmp_path / "trained", dear)
     assert (draft, pays) == (OWN, True)
     assert exit_layer < NUM_LAYERS
+
+
+def test_each_draft_is_predicted_by_its_own_acceptance_and_costs(tmp_path):
+    agreements = {draft: make_agreement(grid.exit_layers) for draft, grid in GRIDS.items()}
+    machine = Machine(agreements[OWN], agreements=agreements)
+    for of in run(tmp_path, machine, GRIDS, 4).drafts:
+        assert len(of.measured_speedups) >= 3
+        for (e, k, batch_size), speedup in of.measured_speedups.items():
+            assert of.prediction(e, k, batch_size).speedup == pytest.approx(speedup, rel=0.1)
 
 
 def test_another_kind_later_measures_only_its_own_cells(tmp_path):
@@ -423,6 +437,10 @@ def test_an_adapter_drafts_from_the_layers_that_it_was_trained_for(
     message = capsys.readouterr().err.splitlines()[-1]
     assert f"--draft-adapter {tmp_path / 'e3'}" in message
     assert "may be 3, and --exit-layers 4-6 has none" in message
+    write_adapter(tmp_path / "e12", exit_layer=NUM_LAYERS)
+    assert command(checkpoint, prompts, tmp_path, "--draft-adapter", tmp_path / "e12") == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "exits after 12 of 12 layers, which needs rounded weights" in message
 
 
 def test_a_roofline_knows_kinds(checkpoint, prompts, tmp_path, fake_processes, capsys):
