@@ -16,8 +16,8 @@ ROOMS = {
     # From the ground up: a room may import itself and those before it.
     "vllm_layerskip": (
         "errors", "architectures", "files", "chats", "twins", "host", "cpu", "config", "metrics",
-        "worker", "models", "plugin", "counters", "measuring", "evaluation", "training", "tuning", "batch",
-        "commands",
+        "worker", "models", "plugin", "counters", "measuring", "evaluation", "training", "tuning",
+        "batch", "commands",
     ),
     "benchmarks": ("engines", "decode", "serve", "prompts", "pages", "gpu"),
 }  # fmt: skip

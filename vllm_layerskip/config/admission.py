@@ -167,7 +167,7 @@ def check_twin(options: LayerSkipOptions, model_config: Any, engine_args: Any) -
         raise ValueError(
             f"speculative_config: {option} cannot go with enable_lora=True: vLLM adds adapters to "
             "the target's layers, and drafts of other weights would be accepted less with each of "
-            f"them. Set {option.partition('=')[0]} to 'none', or leave LoRA out."
+            "them. Set draft_quantization and draft_adapter to 'none', or leave LoRA out."
         )
     _check_bits(options, option, model_config)
 

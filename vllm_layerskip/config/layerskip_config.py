@@ -203,6 +203,15 @@ def _read_draft_adapter(options: LayerSkipOptions, model_config: Any) -> DraftAd
         exit_layer=options.exit_layer,
     )
     AdapterWeights(adapter).check_finite()
+    made_for = adapter.base_model
+    if made_for and Path(made_for).name != folder.name:
+        logger.warning_once(
+            "%s was made for %r, and the target is %r. Its shapes fit; if the models are not the "
+            "same, few drafts are accepted.",
+            named.source,
+            made_for,
+            model_config.model,
+        )
     return adapter
 
 

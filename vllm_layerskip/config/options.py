@@ -189,7 +189,7 @@ def _resolve_reuse(request: Mapping[str, Any], twin_source: str | None) -> bool:
         return reuse
     if reuse and "reuse_exit_states" in request:
         raise ValueError(
-            f"speculative_config: reuse_exit_states=True cannot go with {twin_source}: drafts then "
+            f"reuse_exit_states=True cannot go with {twin_source}: drafts then "
             "have weights of their own, so their exit states are not the target's, and "
             "verification must run every layer. Leave reuse_exit_states out."
         )
@@ -225,8 +225,8 @@ def _resolve_exit_layer(
     if value in (ALL, num_layers) and not may_be_all:
         raise ValueError(
             f"{source}: exit_layer={value!r} must be {valid}. All layers can draft only with other "
-            f"weights: set draft_quantization (--draft-quantization) to one of "
-            f"{', '.join(map(repr, KINDS))}."
+            "weights: set exit_layer to a smaller number, or draft_quantization "
+            f"(--draft-quantization) to one of {', '.join(map(repr, KINDS))}."
         )
     if value == ALL:
         return num_layers
@@ -317,7 +317,7 @@ def _resolve_path(
 
 
 def _path_of_checkpoint(option: str, value: object) -> OptionPath | None:
-    if value is None:
+    if value is None or value == NONE:
         return None
     if (
         not isinstance(value, str)

@@ -31,7 +31,7 @@ _START_ERRORS = re.compile(
     r"CUDA error: invalid device ordinal|"
     r"instantiate the backend tokenizer|[Cc]an't load tokenizer|"
     r"weights were not initialized from|Cannot find any model weights|lacks \d+ weight|"
-    r"has no kernel for it|the adapter changes "
+    r"has no kernel for it|changes none of the layers|the adapter changes "
 )
 """vLLM's and our errors after its arguments are checked that a user can do something about."""
 _MISUSE = (TypeError, AttributeError, KeyError, AssertionError)

@@ -160,7 +160,7 @@ class LayerSkipForCausalLM(ExitHead, Decoder, nn.Module):
         self.draft_state = DraftState(vllm_config, self)
         self.draft_twin = DraftTwin(self, vllm_config) if config.has_twin else None
         self._stages = self._make_stages(vllm_config)
-        self._late_stage_inputs = _late_stage_inputs(vllm_config)
+        self._late_stage_inputs = _late_stage_inputs(vllm_config, self.draft_twin is None)
         self._takes_embeds = vllm_config.model_config.enable_prompt_embeds
         # After dummy weights, a load may bring only a part of the weights.
         self._loads_checkpoint = (
@@ -342,13 +342,17 @@ _FUSED = "vllm_c"
 """vLLM's name for its own compiled kernels."""
 
 
-def _late_stage_inputs(vllm_config: VllmConfig) -> torch.Tensor:
-    """``[2, T, H]`` for the largest T that a graph is captured for; T = 0 without graphs.
+def _late_stage_inputs(vllm_config: VllmConfig, has_late_stage: bool = True) -> torch.Tensor:
+    """``[2, T, H]`` for the largest T that a graph is captured for.
+
+    T = 0 without graphs, and with a draft twin: there is no late stage then.
 
     Made whatever mode was asked for: vLLM turns to piecewise graphs where an attention backend
     needs them, and learns that only after the model is built.
     """
     num_tokens = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    if not has_late_stage:
+        num_tokens = 0
     model_config = vllm_config.model_config
     # Made on the model's device, which is the default while a model is built.
     return torch.zeros(2, num_tokens, model_config.get_hidden_size(), dtype=model_config.dtype)

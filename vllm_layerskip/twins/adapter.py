@@ -216,6 +216,7 @@ def _check_base(record: Record, base_name: str, base_folder: Path | None) -> Non
 
 
 def _check_exit_layer(adapter: DraftAdapter, exit_layer: int, num_layers: int) -> None:
+    _check_record_of_layers(adapter, num_layers)
     trained = max(adapter.exit_layer or 0, adapter.num_layers)
     if adapter.num_layers > exit_layer:
         beyond = next(name for name in adapter.scaling if (layer_of(name) or 0) >= exit_layer)
@@ -224,9 +225,26 @@ def _check_exit_layer(adapter: DraftAdapter, exit_layer: int, num_layers: int) -
         fault = f"it was trained to exit after {trained} layers ({RECORD_NAME})"
     else:
         return
+    bits = " together with draft_quantization" if trained == num_layers else ""
     raise ValueError(
-        f"{fault}, as exit_layer={exit_layer}. Set exit_layer to {trained} (at most "
-        f"{num_layers}), or train an adapter for {exit_layer} layers."
+        f"{fault}, as exit_layer={exit_layer}. Set exit_layer to {trained}{bits}, or train an "
+        f"adapter for {exit_layer} layers."
+    )
+
+
+def _check_record_of_layers(adapter: DraftAdapter, num_layers: int) -> None:
+    """Check that the record's exit layer can be that of these weights and this target."""
+    recorded = adapter.exit_layer
+    if recorded is None or adapter.num_layers <= recorded <= num_layers:
+        return
+    found = (
+        f"the target has {num_layers} layers"
+        if recorded > num_layers
+        else f"its weights adapt {adapter.num_layers} layers"
+    )
+    raise ValueError(
+        f"{RECORD_NAME} has exit_layer={recorded}, and {found}. The files are not of one adapter, "
+        "or it is another model's: copy it again, or give another one."
     )
 
 

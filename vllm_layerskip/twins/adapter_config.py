@@ -137,7 +137,10 @@ def read_record(folder: Path) -> Record:
     exit_layer = values.get("exit_layer")
     if exit_layer is not None:
         exit_layer = _positive_integer("exit_layer", exit_layer, RECORD_NAME)
-    return Record(_text(values.get("base_model")), _text(values.get("base_digest")), exit_layer)
+    digest = values.get("base_digest")
+    if digest is not None and not isinstance(digest, str):
+        raise ValueError(f"{RECORD_NAME} has base_digest={digest!r}, which must be text. {remedy}")
+    return Record(_text(values.get("base_model")), digest, exit_layer)
 
 
 def _refuse_unknown_kinds(values: dict[str, Any]) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kinds of numbers that a draft twin's weights may be, as data.
 
-A draft twin (``worker/twin.py``) is a copy of the layers that draft. It shares their modules and
-K/V pages, and its linear layers have other weights: rounded to fewer bits, with an adapter merged,
-or both.
+A draft twin (``worker/draft_twin.py``) is a copy of the layers that draft. It shares their modules
+and K/V pages, and its linear layers have other weights: rounded to fewer bits, with an adapter
+merged, or both.
 """
 
 from __future__ import annotations

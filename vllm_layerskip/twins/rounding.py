@@ -15,7 +15,8 @@ import torch
 
 from vllm_layerskip.twins.kinds import FP8, INT4, INT8, group_sizes_of
 
-_ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 4096
+"""Bounds the memory beside a result."""
 _FP8 = torch.float8_e4m3fn
 
 
@@ -124,5 +125,5 @@ def _by_rows(
 ) -> tuple[torch.Tensor, ...]:
     """``rounded`` over a few thousand rows at a time, its results joined."""
     with torch.no_grad():
-        parts = [rounded(rows.float().contiguous()) for rows in weight.split(_ROWS_AT_ONCE)]
+        parts = [rounded(rows.float().contiguous()) for rows in weight.split(ROWS_AT_ONCE)]
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))

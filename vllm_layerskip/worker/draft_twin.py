@@ -50,7 +50,7 @@ from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
 
 from vllm_layerskip.config.layerskip_config import LayerSkipConfig
 from vllm_layerskip.twins.adapter import AdapterWeights
-from vllm_layerskip.twins.kinds import NONE
+from vllm_layerskip.twins.kinds import KINDS, NONE
 from vllm_layerskip.worker.lm_heads import is_plain_head, with_head
 from vllm_layerskip.worker.twin_linear import TwinLinear, twin_of_head
 from vllm_layerskip.worker.twin_methods import USUAL_SIZE, kinds_that_work, twin_method
@@ -89,7 +89,8 @@ class DraftTwin:
         self._merged: set[str] = set()
         self.linears: list[TwinLinear] = []
         self.num_full_width = 0
-        """Linear layers that the twin shares with the target."""
+        """Linear layers whose size fits no kernel: the target's own, or with an adapter a copy."""
+        self._problem = ""
         if self.kind != NONE:
             self._require_kernels()
         layers = model.model.layers[: config.exit_layer]
@@ -100,13 +101,13 @@ class DraftTwin:
         if not self.linears:
             raise ValueError(
                 f"speculative_config: draft_quantization={self.kind!r} changes none of the layers "
-                "that draft: their sizes fit no kernel of vLLM on this machine. Kinds that work "
-                f"here: {', '.join(kinds_that_work(self._dtype)) or 'none'}; draft_quantization="
-                "'none' drafts with the target's own layers."
+                "that draft: vLLM has no kernel for it of their sizes on this machine: "
+                f"{self._problem} Set draft_quantization to another of {', '.join(KINDS)}, or to "
+                "'none', with exit_layer below the model's number of layers."
             )
         # A draft vocabulary's head is made of the rows that it picks (draft_head.py).
         self.head = self._head() if self.kind != NONE and config.draft_vocab is None else None
-        for linear in (*self.linears, *filter(None, [self.head])):
+        for linear in self._all_linears():
             linear.watch()
         self.exit_model = self._exit_model()
 
@@ -163,13 +164,14 @@ class DraftTwin:
         try:
             twin = TwinLinear(linear, self.kind, self._dtype, adapted)
         except (ValueError, NotImplementedError) as error:
+            self._problem = " ".join(str(error).split())
+            logger.warning_once(
+                "LayerSkip's draft twin has %s at full width: %s",
+                name.rpartition(".")[2],
+                self._problem,
+            )
+            self.num_full_width += 1
             if adapted is None:
-                logger.warning_once(
-                    "LayerSkip's draft twin shares %s with the target: %s",
-                    name.rpartition(".")[2],
-                    " ".join(str(error).split()),
-                )
-                self.num_full_width += 1
                 return linear
             twin = TwinLinear(linear, NONE, self._dtype, adapted)
         self.linears.append(twin)
@@ -224,14 +226,30 @@ class DraftTwin:
     def after_load(self) -> None:
         """Make what hangs on no hook; call it once, when the target's weights are there."""
         self._num_weight_changes = self._model.num_weight_changes
+        for linear in self._all_linears():
+            if not linear.is_made:
+                self._make_late(linear)
         self._log()
         if self.kind != NONE:
             self._warn_if_slower()
 
+    def _all_linears(self) -> list[TwinLinear]:
+        return [*self.linears, *filter(None, [self.head])]
+
+    def _make_late(self, linear: TwinLinear) -> None:
+        """Make a weight whose hook was not called: some load formats process nothing."""
+        if not linear.has_source:
+            raise ValueError(
+                "speculative_config: with this load_format vLLM leaves no weights to make a draft "
+                "twin from. Set load_format='auto', or draft_quantization and draft_adapter to "
+                "'none'."
+            )
+        linear.make()
+
     def _log(self) -> None:
         config = self._config.draft_adapter
         adapter = "" if config is None else f", with the adapter {config.digest}"
-        shared = f"; {self.num_full_width} share the target's" if self.num_full_width else ""
+        shared = f"; {self.num_full_width} at full width" if self.num_full_width else ""
         logger.info_once(
             "LayerSkip's draft twin: %d linear layers%s (%s: %s)%s; extra memory: %d bytes of "
             "layers, %d bytes of LM head.",
@@ -256,7 +274,7 @@ class DraftTwin:
         if self._norm_weights is not None:
             weight, norm = self._norm_weights
             weight.data.copy_(norm)
-        for linear in (*self.linears, *filter(None, [self.head])):
+        for linear in self._all_linears():
             if linear.has_source:
                 linear.make()
 
@@ -327,6 +345,9 @@ def _loaded_shards(
 def _seconds(run: Callable[[], object]) -> float:
     """Seconds of one call: the least of many."""
     device_wide = torch.accelerator.is_available()
+    run()  # A first call may compile, pack or tune.
+    if device_wide:
+        torch.accelerator.synchronize()
     best, end = float("inf"), time.perf_counter() + _TRIAL_S
     while True:
         start = time.perf_counter()

@@ -48,6 +48,12 @@ class TwinLinear:
         dtype: torch.dtype,
         adapted: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
+        if getattr(target, "input_scale", None) is not None:
+            raise ValueError(
+                "the target rounds activations with scales that are part of its checkpoint, so its "
+                "weight cannot be read off its answers to unit vectors."
+            )
+        self.is_made = False
         self.target = target
         self.is_plain = has_plain_weight(target)
         self.shape = _shape(target)
@@ -85,13 +91,14 @@ class TwinLinear:
             weight = weight.clone()
             self._adapted(weight)
         self.method.make_weights(self.module, weight, getattr(self.target, "bias", None))
+        self.is_made = True
 
     @torch.no_grad()
     def _responses(self) -> torch.Tensor:
         """``[N, M]``: a quantised target's weight, as its layer uses it.
 
-        The response to a unit vector is a column of the weight. Kernels that round activations
-        round a unit vector exactly.
+        The response to a unit vector is a column of the weight. Kernels that round activations by
+        their own largest value round a unit vector exactly.
         """
         device = next(self.target.parameters()).device
         columns = []

@@ -38,9 +38,16 @@ from vllm.scalar_type import scalar_types
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_layerskip.twins.kinds import FP8, INT4, INT8, KINDS, NONE, group_sizes_of
-from vllm_layerskip.twins.rounding import round_fp8, round_int4, round_int8, round_trip
+from vllm_layerskip.twins.rounding import (
+    ROWS_AT_ONCE,
+    round_fp8,
+    round_int4,
+    round_int8,
+    round_trip,
+)
 
 _NIBBLES = 8  # 4-bit values in an int32.
+_CPU_BLOCK = 32  # Of vLLM's 8-bit kernels of a CPU.
 
 
 class TwinMethod(LinearMethodBase):
@@ -89,6 +96,10 @@ class TwinMethod(LinearMethodBase):
         made.orig_dtype = made.params_dtype = self.dtype
         with set_default_torch_dtype(self.dtype), weight.device:
             self._make(made, weight)
+        # A kernel may keep more than it was given, or keep it elsewhere.
+        tensors = [*made.parameters(), *made.buffers(), *vars(made).values()]
+        held = sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor) and t is not made.bias)
+        self.num_bytes = max(self.num_bytes, held)
         _adopt(layer, made)
 
     @abstractmethod
@@ -96,6 +107,7 @@ class TwinMethod(LinearMethodBase):
         """Give ``made`` what the kernel reads."""
 
     def _count(self, *tensors: torch.Tensor | None) -> None:
+        """What the kernel is given."""
         self.num_bytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
@@ -165,26 +177,38 @@ class Int4(_KernelMethod):
                     problem = str(error)
         raise ValueError(problem)
 
+    def _rounded_and_packed(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Packed values and scales of some rows, and packed zero points if there are any."""
+        config = self._config
+        rounded = round_int4(rows, config.group_size, symmetric=not config.zero_points)
+        # Packing is the same for uint4b8, whose zero point is 8.
+        result = _pack(rounded.values, packed_dim=1), rounded.scales.to(self.dtype)
+        if not config.zero_points:
+            return result
+        assert rounded.zero_points is not None
+        return *result, _pack(rounded.zero_points, packed_dim=0)
+
     def _make(self, made: nn.Module, weight: torch.Tensor) -> None:
         config = self._config
-        rounded = round_int4(weight, config.group_size, symmetric=not config.zero_points)
-        # Packing is the same for uint4b8, whose zero point is 8.
-        packed = _pack(rounded.values, packed_dim=1)
+        # Some rows at a time: packing needs an int32 for each value.
+        parts = [self._rounded_and_packed(rows) for rows in weight.split(ROWS_AT_ONCE)]
+        packed, scale_values, *zeros = (torch.cat(part) for part in zip(*parts, strict=True))
         made.register_parameter("weight_packed", _packed_parameter(packed, packed_dim=1))
         scales = GroupQuantScaleParameter(
-            data=rounded.scales.to(self.dtype), input_dim=1, output_dim=0, weight_loader=_not_loaded
+            data=scale_values, input_dim=1, output_dim=0, weight_loader=_not_loaded
         )
         made.register_parameter("weight_scale", scales)
-        zeros = None
-        if config.zero_points:
-            assert rounded.zero_points is not None
-            zeros = _pack(rounded.zero_points, packed_dim=0)
-            made.register_parameter("weight_zero_point", _packed_parameter(zeros, packed_dim=0))
-        self._count(packed, scales, zeros)
+        for zero_points in zeros:
+            made.register_parameter(
+                "weight_zero_point", _packed_parameter(zero_points, packed_dim=0)
+            )
+        self._count(packed, scales, *zeros)
         self.kernel = self._kernel_type(
             config, "weight_packed", "weight_scale", "weight_zero_point"
         )
         self.kernel.process_weights_after_loading(made)
+        if getattr(made, "use_w4a8", False):
+            self.kernel_name = f"{self._kernel_type.__name__}, W4A8"
 
 
 class Int8(_KernelMethod):
@@ -192,16 +216,17 @@ class Int8(_KernelMethod):
 
     def __init__(self, num_outputs: int, num_inputs: int, dtype: torch.dtype) -> None:
         super().__init__(num_outputs, num_inputs, dtype)
-        self.kernel = self._new_kernel()
-        self.kernel_name = type(self.kernel).__name__
-
-    def _new_kernel(self) -> Any:
-        return init_int8_linear_kernel(
+        if current_platform.is_cpu():
+            _require_cpu_sizes("INT8", num_outputs, num_inputs)
+            if dtype != torch.bfloat16:
+                raise ValueError("vLLM's INT8 kernel of a CPU takes bfloat16 activations alone.")
+        self.kernel = init_int8_linear_kernel(
             is_channelwise=True,
             is_static_input_scheme=False,
             input_symmetric=True,
             module_name="LayerSkip's draft twin",
         )
+        self.kernel_name = type(self.kernel).__name__
 
     def _make(self, made: nn.Module, weight: torch.Tensor) -> None:
         rounded = round_int8(weight)
@@ -210,8 +235,8 @@ class Int8(_KernelMethod):
         for name in ("input_scale", "input_zero_point", "azp_adj"):
             made.register_parameter(name, None)
         self._count(rounded.values, rounded.scales)
-        # A kernel may hold what it packed itself.
-        self.kernel = self._new_kernel()
+        # A kernel may hold what it packed itself; the next one is of the same class.
+        self.kernel = type(self.kernel)(self.kernel.config, self.kernel.layer_param_names)
         self.kernel.process_weights_after_loading(made)
 
 
@@ -234,6 +259,16 @@ class Fp8(_KernelMethod):
             module_name="LayerSkip's draft twin",
         )
         self.kernel_name = type(self.kernel).__name__
+        if current_platform.is_cpu():
+            self._require_cpu_kernel()
+
+    def _require_cpu_kernel(self) -> None:
+        if "Torch" in self.kernel_name:
+            raise ValueError(
+                f"vLLM has no fast FP8 kernel for this CPU and dtype, only {self.kernel_name}, "
+                "which is far slower than full width. It needs AMX and bfloat16."
+            )
+        _require_cpu_sizes("FP8", self.num_outputs, self.num_inputs)
 
     def _make(self, made: nn.Module, weight: torch.Tensor) -> None:
         rounded = round_fp8(weight, self._per_output)
@@ -283,6 +318,15 @@ def kinds_that_work(dtype: torch.dtype) -> list[str]:
             continue
         found.append(kind)
     return found
+
+
+def _require_cpu_sizes(kind: str, num_outputs: int, num_inputs: int) -> None:
+    """vLLM's kernels of a CPU check some of their sizes only when they pack a weight."""
+    if num_outputs % _CPU_BLOCK or num_inputs % _CPU_BLOCK:
+        raise ValueError(
+            f"vLLM's {kind} kernel of a CPU takes multiples of {_CPU_BLOCK} inputs and outputs, "
+            f"and this layer has {num_inputs} and {num_outputs}."
+        )
 
 
 def _pack(values: torch.Tensor, packed_dim: int) -> torch.Tensor:

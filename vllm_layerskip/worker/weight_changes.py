@@ -12,8 +12,8 @@ The call is announced by the executor and not noticed by the worker, so that all
 user's function may touch the weights of one rank only, and ranks that disagree about a verify step
 would wait for each other forever.
 
-Counting a call that changed nothing costs one verify step without reuse. Importing this module
-imports no vLLM.
+Counting a call that changed nothing costs one verify step without reuse, and with a draft twin the
+time to make it again. Importing this module imports no vLLM.
 """
 
 from __future__ import annotations
@@ -34,11 +34,24 @@ LEAVE_WEIGHTS_ALONE = frozenset(
         "take_draft_token_ids",
         # Others that vLLM makes while requests run.
         "check_health",
+        "compute_weight_checksums",
         "list_loras",
         "profile",
         "reset_encoder_cache",
         "reset_mm_cache",
+        "save_sharded_state",
         "synchronize_device",
+        # Of every start, after the weights are loaded.
+        "compile_or_warm_up_model",
+        "determine_available_memory",
+        "get_kv_cache_spec",
+        "get_kv_connector_handshake_metadata",
+        "get_supported_kv_cache_layouts",
+        "get_supported_tasks",
+        "initialize_from_config",
+        "set_kv_cache_layout",
+        "supports_draft_weight_updates",
+        "update_max_model_len",
         # Before there is a model to tell, and when nobody answers any more.
         "adjust_rank",
         "init_device",

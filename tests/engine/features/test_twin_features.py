@@ -28,6 +28,7 @@ from vllm.inputs import EmbedsPrompt, TokensPrompt
 from vllm_layerskip.twins.kinds import KINDS
 from vllm_layerskip.twins.rounding import round_trip
 from vllm_layerskip.worker.draft_twin import DraftTwin
+from vllm_layerskip.worker.twin_linear import TwinLinear
 from vllm_layerskip.worker.twin_methods import kinds_that_work
 
 ALL = "all"
@@ -308,3 +309,17 @@ def test_each_of_two_ranks_rounds_its_shard(pool, checkpoint, prompts, odd_ids, 
         assert max(rank["errors"]) < 1e-6
         assert rank["num_exit_state_bytes"] == rank["num_verify_steps_reused"] == 0
         assert rank["num_verify_steps_full"] == first["num_verify_steps_full"] > 0
+
+
+def test_a_start_makes_each_weight_once(pool, checkpoint, prompts, monkeypatch):
+    """vLLM's own calls of a start change no weights; a twin that is made again costs seconds."""
+    made, make = [], TwinLinear.make
+    monkeypatch.setattr(TwinLinear, "make", lambda self: (made.append(self.target), make(self)))
+    engine = twin_engine(pool, checkpoint, "all", 3, max_num_seqs=3)
+    tokens = engine.greedy(prompts[:2], 20)
+    assert len(made) == 12 * 4 + 1
+    assert len(set(map(id, made))) == len(made)
+    with engine.counting() as counts:
+        assert engine.greedy(prompts[:2], 20) == tokens
+    assert tokens == pool.get(checkpoint).greedy(prompts[:2], 20)
+    counts.assert_speculated()

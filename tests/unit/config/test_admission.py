@@ -127,7 +127,7 @@ def test_lora_rules_out_a_twin(engine_config):
         ValueError, match="draft_quantization='int4' cannot go with enable_lora"
     ) as e:
         engine_config(REQUEST | {"draft_quantization": "int4"}, enable_lora=True)
-    assert "Set draft_quantization to 'none', or leave LoRA out." in str(e.value)
+    assert "Set draft_quantization and draft_adapter to 'none'" in str(e.value)
 
 
 @pytest.mark.parametrize(

@@ -353,9 +353,10 @@ def test_a_config_that_is_no_models(tmp_path):
 def test_a_layer_beyond_the_exit_is_named(tmp_path):
     folder = write(tmp_path, tensors=weights(num_layers=3))
     refused(
-        folder, "'model.layers.2.mlp.down_proj'", "exit_layer=2", "0 to 1", "exit_layer to 3",
-        "at most 4",
+        folder, "'model.layers.2.mlp.down_proj'", "exit_layer=2", "0 to 1", "exit_layer to 3,"
     )  # fmt: skip
+    whole = write(tmp_path / "whole", tensors=weights(num_layers=4))
+    refused(whole, "exit_layer=2", "Set exit_layer to 4 together with draft_quantization")
     assert read(folder, exit_layer=3).num_layers == 3
 
 
@@ -365,6 +366,18 @@ def test_another_exit_than_the_adapters_own_is_refused(tmp_path, exit_layer):
     refused(folder, "trained to exit after 2 layers", "Set exit_layer to 2", exit_layer=exit_layer)
     read(folder, exit_layer=2)
     read(folder, exit_layer=None)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "says"), [(1, "its weights adapt 2 layers"), (99, "the target has 4 layers")]
+)
+def test_a_record_that_contradicts_weights_or_target(tmp_path, recorded, says):
+    folder = write(tmp_path, tensors=weights(num_layers=2), record={"exit_layer": recorded})
+    refused(folder, f"layerskip_adapter.json has exit_layer={recorded}, and {says}", "copy it")
+
+
+def test_a_recorded_digest_that_is_no_text(tmp_path):
+    refused(write(tmp_path, record={"base_digest": 5}), "base_digest=5, which must be text")
 
 
 @pytest.mark.parametrize("exit_layer", [0, "2", True, 1.5])

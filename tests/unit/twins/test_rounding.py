@@ -8,7 +8,7 @@ import torch
 
 from vllm_layerskip.twins.kinds import CHOICES, KINDS, group_sizes_of
 from vllm_layerskip.twins.rounding import (
-    _ROWS_AT_ONCE,
+    ROWS_AT_ONCE,
     Rounded,
     round_fp8,
     round_int4,
@@ -78,7 +78,7 @@ def test_a_weight_on_the_grid_stays_what_it_is():
 
 
 def test_many_rows_are_rounded_as_few_are():
-    many = weight(_ROWS_AT_ONCE + 5, 64)
+    many = weight(ROWS_AT_ONCE + 5, 64)
     for rounded in (lambda rows: round_int4(rows, 32), round_int8, round_fp8):
         whole, last = rounded(many), rounded(many[-5:])
         assert torch.equal(whole.dequantize()[-5:], last.dequantize())

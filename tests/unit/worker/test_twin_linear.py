@@ -179,8 +179,7 @@ def test_a_model_whose_sizes_fit_no_kernel_is_refused(monkeypatch):
     monkeypatch.setattr(twin_linear, "twin_method", fails)
     with pytest.raises(ValueError, match="changes none of the layers that draft") as error:
         twin_of()
-    assert "draft_quantization='none'" in str(error.value)
-    assert "Kinds that work here: int4, int8, fp8" in str(error.value)
+    assert "Set draft_quantization to another of int4, int8, fp8" in str(error.value)
 
 
 @pytest.fixture
@@ -207,7 +206,7 @@ def test_a_layer_whose_size_fits_no_kernel_is_the_targets(monkeypatch, log):
     twin, model = twin_of()
     assert twin.layers[0].mlp.down_proj is model.model.layers[0].mlp.down_proj
     assert (twin.num_full_width, len(twin.linears)) == (1, 3)
-    assert any("shares down_proj with the target: 128 inputs fit" in message for message in log)
+    assert any("down_proj at full width: 128 inputs fit" in message for message in log)
 
 
 @pytest.mark.parametrize(
@@ -277,3 +276,24 @@ def test_a_quantised_targets_weight_is_what_its_layer_computes_with(monkeypatch)
         y = twin.module(x)[0]
         torch.testing.assert_close(y, x @ round_trip(weight, INT8).t(), rtol=1e-3, atol=1e-3)
         assert twin.has_source
+
+
+def test_a_load_format_that_processes_nothing(monkeypatch):
+    """Then the hooks are not called, and the weights may still be there, or not."""
+    twin, _ = twin_of()
+    twin.after_load()
+    assert all(linear.is_made for linear in (*twin.linears, twin.head))
+    twin, model = twin_of()
+    target = model.model.layers[0].mlp.down_proj
+    target.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+    with pytest.raises(ValueError, match="with this load_format vLLM leaves no weights"):
+        twin.after_load()
+
+
+def test_a_target_with_scales_of_its_own_for_activations_is_not_read():
+    """A unit vector would be rounded by them."""
+    model = Model()
+    linear = model.model.layers[0].mlp.down_proj
+    linear.input_scale = nn.Parameter(torch.ones(1), requires_grad=False)
+    with pytest.raises(ValueError, match="rounds activations with scales"):
+        TwinLinear(linear, INT4, torch.float32)
