@@ -225,10 +225,11 @@ class Engine:
     def reset_prefix_cache(self) -> None:
         assert self.llm.reset_prefix_cache()
 
-    def close(self) -> None:
+    def close(self, collect: bool = True) -> None:
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
-        gc.collect()
+        if collect:
+            gc.collect()
 
 
 class RecordedInputs:
@@ -293,9 +294,11 @@ class EnginePool:
         return len(self._engines)
 
     def close(self) -> None:
+        # A collection of this heap takes seconds, so there is one for all of them.
         for engine in self._engines.values():
-            engine.close()
+            engine.close(collect=False)
         self._engines.clear()
+        gc.collect()
 
 
 def _step_counts(worker: Any) -> StepCounts:

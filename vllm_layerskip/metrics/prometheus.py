@@ -75,6 +75,9 @@ class LayerSkipStatLogger:
             index: [memory.labels(*labels, of) for of in _MEMORY_OF]
             for index, labels in engines.items()
         }
+        for series in self.memory.values():
+            for child in series:
+                child.set(0)  # Several front ends export only what was set.
         self._set_config_info(config_info(vllm_config), engines.values())
 
     def _counter(self, name: str, documentation: str, *more_labels: str) -> Any:

@@ -187,6 +187,7 @@ def generate_from_flags(checkpoint, prompts, *flags, **environment):
     return tokens, log
 
 
+@pytest.mark.slow
 def test_two_ranks_serve_the_same_tokens(pool, checkpoint, prompts):
     tokens, log = generate_from_flags(
         checkpoint, prompts[:4],

@@ -217,7 +217,11 @@ def test_a_servers_metrics_are_the_workers_counts(server, prompts):
         sum(drafted > k for drafted, _ in steps) for k in range(K)
     ]
     for name, count in workers[0].items():
-        assert samples[f"{PREFIX}{name}_total"] == {labels: count}
+        if name.startswith("num_bytes_"):
+            of = (*labels, ("of", name.removeprefix("num_bytes_")))
+            assert samples[f"{PREFIX}draft_memory_bytes"][tuple(sorted(of))] == count
+        else:
+            assert samples[f"{PREFIX}{name}_total"] == {labels: count}
     # One request at a time: each verification was a step of its own.
     assert sum(workers[0].values()) == len(steps)
     ((info, value),) = samples[f"{PREFIX}config_info"].items()

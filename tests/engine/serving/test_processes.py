@@ -45,7 +45,7 @@ TWO_RANKS = (
     [
         ({}, {}, {}),
         (*TWO_RANKS, {}),
-        (*TWO_RANKS, {"use_local_argmax_reduction": True}),
+        pytest.param(*TWO_RANKS, {"use_local_argmax_reduction": True}, marks=pytest.mark.slow),
         (*TWO_RANKS, {"draft_vocab": "FILE"}),
         pytest.param(
             *TWO_RANKS,

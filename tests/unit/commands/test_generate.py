@@ -42,7 +42,7 @@ def test_a_wrong_exit_layer_is_named_with_the_valid_ones(tmp_path, capsys, value
     assert stop.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("vllm-layerskip generate: error: argument --exit-layer: ")
-    assert f"{value!r} must be an integer or 'auto'" in last
+    assert f"{value!r} must be an integer, 'auto' or 'all'" in last
     assert not (tmp_path / "o").exists()
 
 
