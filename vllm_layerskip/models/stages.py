@@ -350,9 +350,8 @@ def _late_stage_inputs(vllm_config: VllmConfig, has_late_stage: bool = True) -> 
     Made whatever mode was asked for: vLLM turns to piecewise graphs where an attention backend
     needs them, and learns that only after the model is built.
     """
-    num_tokens = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-    if not has_late_stage:
-        num_tokens = 0
+    largest = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    num_tokens = largest if has_late_stage else 0
     model_config = vllm_config.model_config
     # Made on the model's device, which is the default while a model is built.
     return torch.zeros(2, num_tokens, model_config.get_hidden_size(), dtype=model_config.dtype)

@@ -31,7 +31,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from vllm_layerskip.config.draft_vocab import DraftVocab
 from vllm_layerskip.twins.kinds import NONE
-from vllm_layerskip.worker.lm_heads import require_plain_head, with_head
+from vllm_layerskip.worker.lm_heads import is_plain_head, with_head
 from vllm_layerskip.worker.twin_linear import twin_of_head
 
 logger = init_logger("vllm.layerskip.draft_head")
@@ -62,7 +62,7 @@ class DraftHead:
         exit_model: nn.Module | None = None,
         kind: str = NONE,
     ) -> None:
-        require_plain_head(model.lm_head, draft_vocab.source, "draft_vocab")
+        _require_plain_head(model.lm_head, draft_vocab)
         self._model = model
         self._draft_vocab = draft_vocab
         device = model.lm_head.weight.device
@@ -145,6 +145,15 @@ class DraftHead:
     ) -> torch.Tensor:
         """``[R]`` token ids of the largest logits."""
         return self.token_ids[self._sliced_model.get_top_tokens(hidden_states)]
+
+
+def _require_plain_head(lm_head: Any, draft_vocab: DraftVocab) -> None:
+    if not is_plain_head(lm_head):
+        raise ValueError(
+            f"{draft_vocab.source} needs the rows of the LM head, and this model keeps it in the "
+            f"format of {type(lm_head.quant_method).__name__}. Set draft_vocab='none' "
+            "(--draft-vocab none), or use a checkpoint whose LM head is not quantised."
+        )
 
 
 def _empty_head(lm_head: Any, num_rows: int) -> ParallelLMHead:

@@ -210,8 +210,11 @@ class DraftTwin:
     def _exit_model(self) -> Any:
         """The model whose norm and head drafts end in."""
         norm = self._adapter and self._adapter.final_norm()
-        if norm is None:
-            return self._model if self.head is None else with_head(self._model, self.head.module)
+        model = self._model if norm is None else self._with_norm(norm)
+        return model if self.head is None else with_head(model, self.head.module)
+
+    def _with_norm(self, norm: torch.Tensor) -> Any:
+        """The model with the adapter's final norm; everything else is shared."""
         backbone = copy.copy(self._model.model)
         twin_norm = copy.copy(backbone.norm)
         weight = nn.Parameter(torch.empty_like(backbone.norm.weight), requires_grad=False)
@@ -221,7 +224,7 @@ class DraftTwin:
         backbone._modules = {**backbone._modules, "norm": twin_norm}
         model = copy.copy(self._model)
         model._modules = {**model._modules, "model": backbone}
-        return model if self.head is None else with_head(model, self.head.module)
+        return model
 
     def after_load(self) -> None:
         """Make what hangs on no hook; call it once, when the target's weights are there."""
