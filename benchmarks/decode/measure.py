@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.decode.measure_transformers import measure_transformers
+from benchmarks.decode.processes import MODES_WITHOUT_DRAFTS
 from benchmarks.decode.prompts import make_prompts
 from benchmarks.decode.runs import Clock, Emit, summarise
 from benchmarks.engines.arguments import (
@@ -47,7 +48,7 @@ def measure_cell(
     llm: LLM, settings: Settings, mode: str, prompts: list[list[int]]
 ) -> dict[str, Any]:
     """Warm up, then decode all prompts ``repeats`` times."""
-    num_drafts = settings.num_speculative_tokens
+    num_drafts = 0 if mode in MODES_WITHOUT_DRAFTS else settings.num_speculative_tokens
     run_steps(llm, prompts, min(settings.output_len, 8 + 4 * (num_drafts + 1)))
     before = speculation_counts(llm, mode)
     windows = [
