@@ -23,8 +23,10 @@ demo:
 	@$(if $(GPU),,TRITON_INTERPRET=1) $(VENV)/bin/python examples/demo.py --log $(DEMO_LOG)
 
 # Two processes: an engine of the tests keeps one core busy, with Python and the interpreter.
+# tests/conftest.py has the order of the files.
 test: $(CPU_STAMP)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(CPU_VENV)/bin/python -m pytest -n 2 --dist loadfile
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(CPU_VENV)/bin/python -m pytest -n 2 --dist loadfile \
+		--no-loadscope-reorder
 
 quality: $(CPU_STAMP)
 	$(CPU_VENV)/bin/ruff check .

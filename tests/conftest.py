@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings that must stand before vLLM is imported anywhere in the test process."""
+"""Settings that must stand before vLLM is imported, and the order of the files."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
 import os
+from pathlib import Path
+
+import pytest
 
 with contextlib.suppress(importlib.metadata.PackageNotFoundError):
     # On a GPU the interpreter would stand in the way of the GPU's own Triton.
@@ -19,3 +22,29 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+ENGINE_TESTS = Path(__file__).parent / "engine"
+LONG_FILES = (
+    "serving/test_processes.py",
+    "commands/test_benchmarks.py",
+    "exactness/test_feature_matrix.py",
+    "serving/test_serve.py",
+    "features/test_early_exit.py",
+    "features/test_structured_outputs.py",
+    "features/test_metrics.py",
+    "commands/test_batch_generate.py",
+    "commands/test_every_option.py",
+)
+"""Engine tests of more than a minute and a half, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first; then engine tests, long files first, so that two processes end together."""
+    items.sort(key=_place_of_file)
+
+
+def _place_of_file(item: pytest.Item) -> int:
+    if ENGINE_TESTS not in item.path.parents:
+        return 0
+    name = item.path.relative_to(ENGINE_TESTS).as_posix()
+    return 1 + (LONG_FILES.index(name) if name in LONG_FILES else len(LONG_FILES))

@@ -11,22 +11,23 @@ what it lacks. A mode that fails leaves its error in the file, and the others ru
 
 ``--rounds 3`` runs the whole table three times, A B A B A B, so that a drift of the machine is not
 taken for a difference; the table has medians, and the range of the rounds' speed-ups.
+``--interleave 10`` does so with engines that stay alive and take turns of seconds; all of them must
+fit in memory at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.decode.interleaved import run_interleaved
 from benchmarks.decode.processes import (
     ModeProcess,
     draft_processes,
@@ -34,8 +35,8 @@ from benchmarks.decode.processes import (
     in_rounds,
     mode_processes,
 )
-from benchmarks.decode.summary import baseline_settings, decode_results, describe, rich_table
-from benchmarks.engines.arguments import empty_caches
+from benchmarks.decode.running import RunOptions, run_mode
+from benchmarks.decode.summary import baseline_settings, decode_results, rich_table
 from benchmarks.engines.command_line import (
     add_output_arguments,
     check_output,
@@ -44,93 +45,11 @@ from benchmarks.engines.command_line import (
     positive_int,
 )
 from benchmarks.engines.modes import MODES, TRANSFORMERS_MODES
-from benchmarks.engines.results import OUT_OF_TIME, Record, add_record, load_records
+from benchmarks.engines.results import OUT_OF_TIME, Record, load_records
 from benchmarks.engines.settings import add_arguments, settings_from
 from vllm_layerskip.errors import UserError
-from vllm_layerskip.measuring.processes import log_tail, logged_process, reason_of_failure
-from vllm_layerskip.measuring.provenance import COMMAND_VARIABLE, command_line, provenance
 
 DEFAULT_MODES = ("plain", "layerskip", "layerskip-no-reuse", "draft-model")
-MEASURE = ("-m", "benchmarks.decode.measure")
-STOP_MARGIN_S = 15.0
-"""A mode stops on its own this long before it would be killed."""
-PATIENCE_S = 4.0
-"""How long a mode that is killed may clean up."""
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How the processes of a table run."""
-
-    deadline: float | None = None
-    """On ``time.monotonic``."""
-    fresh_cache: bool = False
-    """Start with empty compile caches, so that starts compare."""
-    note: str | None = None
-    """A sentence on the setting, for its records."""
-
-
-def run_mode(one: ModeProcess, output: Path, log: Path, options: RunOptions) -> None:
-    """Run a mode's process to its end; whatever comes of it is in ``output``."""
-    deadline = options.deadline
-    time_left = None if deadline is None else deadline - time.monotonic()
-    if time_left is not None and time_left < 2 * STOP_MARGIN_S:
-        add_record(output, _mode_record(one, "no-time", reason="the table's time limit"))
-        return
-    environment = {COMMAND_VARIABLE: command_line()}
-    with tempfile.TemporaryDirectory() as cache:
-        if options.fresh_cache:
-            environment |= empty_caches(Path(cache))
-        command = _measure_command(one, output, time_left, options.note)
-        with logged_process(command, log, environment, PATIENCE_S) as process:
-            in_time = _wait(process, output, one, time_left)
-    if not in_time:
-        add_record(output, _mode_record(one, "no-time", reason="killed at the time limit"))
-    elif process.returncode != 0:
-        reason = reason_of_failure(process, log)
-        add_record(output, _mode_record(one, "error", reason=reason, error=log_tail(log)))
-        print(f"{one.name}: {reason}. Its log: {log}", flush=True)
-
-
-def _measure_command(
-    one: ModeProcess, output: Path, time_left: float | None, note: str | None
-) -> list[str]:
-    command = [sys.executable, *MEASURE, "--mode", one.mode]
-    command += [*one.settings.to_argv(), "--round", str(one.settings.round)]
-    command += ["--output", str(output)]
-    if time_left is not None:
-        command += ["--time-limit", str(time_left - STOP_MARGIN_S)]
-    return command if note is None else [*command, "--note", note]
-
-
-def _wait(
-    process: subprocess.Popen[bytes], output: Path, one: ModeProcess, time_left: float | None
-) -> bool:
-    """Print records as they come until the process ends; False if time ran out before."""
-    start, seen = time.monotonic(), load_records(output)
-    while True:
-        running = process.poll() is None
-        records = load_records(output)
-        for record in records:
-            if record not in seen:
-                print(f"{one.name}: {describe(record)}", flush=True)
-        seen = records
-        if not running:
-            return True
-        if time_left is not None and time.monotonic() - start > time_left:
-            return False
-        time.sleep(0.5)
-
-
-def _mode_record(one: ModeProcess, status: str, **facts: str) -> Record:
-    return {
-        "kind": "decode",
-        "mode": one.mode,
-        "settings": one.settings.identity(),
-        "provenance": provenance(),
-        "status": status,
-        **facts,
-    }
 
 
 def records_of(table: Sequence[ModeProcess], records: Iterable[Record]) -> Iterator[Record]:
@@ -156,8 +75,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="Mode layerskip once for each: exit layer or all, number of drafts, draft "
         "quantization, synthetic acceptance length.",
     )
-    parser.add_argument(
+    repetition = parser.add_mutually_exclusive_group()
+    repetition.add_argument(
         "--rounds", type=positive_int, default=1, help="How often the whole table runs: A B A B."
+    )
+    repetition.add_argument(
+        "--interleave",
+        type=positive_int,
+        metavar="N",
+        help="N rounds of engines that stay alive and take turns, cell by cell.",
     )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(DEFAULT_MODES))
     parser.add_argument("--bandwidth", type=float, help="TB/s of the GPU, for the limits.")
@@ -174,11 +100,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def table_from(args: argparse.Namespace) -> list[ModeProcess]:
-    """The processes that the options ask for.
+    """The processes that the options ask for, those of one round with ``--interleave``.
 
     Raises:
         UserError: options are missing or exclude each other.
     """
+    if args.interleave and set(args.modes) & set(TRANSFORMERS_MODES):
+        raise UserError("--interleave is for vLLM's engines. Use --rounds with transformers….")
     several, kinds = args.num_speculative_tokens, args.draft_quantization
     args.num_speculative_tokens = several[0] if several else None
     args.draft_quantization = kinds[0] if kinds else None
@@ -215,16 +143,25 @@ def _fill_from_drafts(args: argparse.Namespace) -> None:
         args.synthetic_acceptance_length = args.drafts[0].acceptance_length
 
 
-def run_table(table: Sequence[ModeProcess], output: Path, options: RunOptions) -> list[Record]:
+def run_table(
+    table: Sequence[ModeProcess], output: Path, options: RunOptions, interleave: int | None = None
+) -> list[Record]:
     """Run all processes; the table's records.
+
+    Args:
+        interleave: rounds of processes that take turns; None runs one process after the other.
 
     Raises:
         UserError: ``output`` is another kind of file.
     """
     load_records(output)  # Before the first process starts.
-    for one in table:
-        run_mode(one, output, output.with_suffix(".logs") / f"{one.name}.log", options)
-    return list(records_of(table, load_records(output)))
+    logs = output.with_suffix(".logs")
+    if interleave is None:
+        for one in table:
+            run_mode(one, output, logs / f"{one.name}.log", options)
+        return list(records_of(table, load_records(output)))
+    run_interleaved(table, interleave, output, logs, options)
+    return list(records_of(in_rounds(table, interleave), load_records(output)))
 
 
 def main() -> None:
@@ -235,7 +172,8 @@ def main() -> None:
         table = table_from(args)
         scratch = Path(tempfile.mkdtemp(prefix="compare-"))
         output = args.output or scratch / "results.json"
-        records = run_table(table, output, RunOptions(deadline, args.fresh_cache, args.note))
+        options = RunOptions(deadline, args.fresh_cache, args.note)
+        records = run_table(table, output, options, args.interleave)
     if not args.no_table:
         Console(width=150).print(rich_table(decode_results(records, args.bandwidth)))
     for record in records:

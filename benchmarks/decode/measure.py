@@ -5,16 +5,19 @@
 
 Each cell (prompt length, batch size) goes to ``--output`` when it is done. Only steady decoding
 is timed (``vllm_layerskip/measuring/timing.py``): one pass fills the prefix cache with the prompts
-beforehand. ``benchmarks.decode.compare`` runs the modes of a table.
+beforehand. ``benchmarks.decode.compare`` runs the modes of a table; with ``--turns`` it says which
+cell is measured when (``turns.py``).
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +25,7 @@ from benchmarks.decode.measure_transformers import measure_transformers
 from benchmarks.decode.processes import MODES_WITHOUT_DRAFTS
 from benchmarks.decode.prompts import make_prompts
 from benchmarks.decode.runs import Clock, Emit, summarise
+from benchmarks.decode.turns import take_turns
 from benchmarks.engines.arguments import (
     FRESH_CACHE_VARIABLE,
     engine_arguments,
@@ -47,9 +51,7 @@ if TYPE_CHECKING:
 def measure_cell(
     llm: LLM, settings: Settings, mode: str, prompts: list[list[int]]
 ) -> dict[str, Any]:
-    """Warm up, then decode all prompts ``repeats`` times."""
-    num_drafts = 0 if mode in MODES_WITHOUT_DRAFTS else settings.num_speculative_tokens
-    run_steps(llm, prompts, min(settings.output_len, 8 + 4 * (num_drafts + 1)))
+    """Decode all prompts ``repeats`` times."""
     before = speculation_counts(llm, mode)
     windows = [
         steady_window(run_steps(llm, prompts, settings.output_len), len(prompts))
@@ -59,6 +61,12 @@ def measure_cell(
     return summarise(windows) | {"speculation": counts}
 
 
+def warm_up(llm: LLM, settings: Settings, mode: str, prompts: list[list[int]]) -> None:
+    """A few steps of what is measured next."""
+    num_drafts = 0 if mode in MODES_WITHOUT_DRAFTS else settings.num_speculative_tokens
+    run_steps(llm, prompts, min(settings.output_len, 8 + 4 * (num_drafts + 1)))
+
+
 def num_needed_tokens(settings: Settings, cell: DecodeCell) -> int:
     """KV cache slots of a cell: prompts, answers, and the last step's drafts."""
     answer_len = settings.output_len + settings.num_speculative_tokens + 1
@@ -66,7 +74,7 @@ def num_needed_tokens(settings: Settings, cell: DecodeCell) -> int:
 
 
 def measure_engine(
-    settings: Settings, mode: str, cells: Sequence[DecodeCell], clock: Clock, emit: Emit
+    settings: Settings, mode: str, cells: Iterable[DecodeCell], clock: Clock, emit: Emit
 ) -> None:
     """Start the mode's engine and measure the cells."""
     import_start = time.perf_counter()
@@ -93,13 +101,14 @@ def _measure_cells(
     engine: dict[str, Any],
     settings: Settings,
     mode: str,
-    cells: Sequence[DecodeCell],
+    cells: Iterable[DecodeCell],
     clock: Clock,
     emit: Emit,
 ) -> None:
     """Emit a record for each cell; ``engine`` is in each, and gets the times of the prefills."""
     room = engine["kv_capacity_tokens"]
     prompts: list[list[int]] = []
+    warm: set[DecodeCell] = set()
     for cell in cells:
         common = cell._asdict() | {"engine": engine}
         need = num_needed_tokens(settings, cell)
@@ -113,7 +122,11 @@ def _measure_cells(
         if not prompts or len(prompts[0]) != cell.prompt_len:
             prompts, seconds = _fill_prefix_cache(llm, settings, cell.prompt_len, room)
             engine["prefill_s"][str(cell.prompt_len)] = seconds
-        measured = measure_cell(llm, settings, mode, prompts[: cell.batch_size])
+        batch = prompts[: cell.batch_size]
+        if cell not in warm:
+            warm_up(llm, settings, mode, batch)
+            warm.add(cell)
+        measured = measure_cell(llm, settings, mode, batch)
         emit(common | {"status": "ok"} | measured)
         clock.observe(time.perf_counter() - begin)
 
@@ -136,36 +149,67 @@ def _fill_prefix_cache(
     return prompts, round(time.perf_counter() - start, 3)
 
 
-def measure_missing(
-    settings: Settings, mode: str, output: Path, time_limit: float | None, note: str | None
-) -> None:
-    """Measure the cells that the file ``output`` lacks.
+@dataclass
+class Job:
+    """What one process measures, and where its records go.
+
+    Args:
+        settings: of the records to come; ``settings.round`` changes from turn to turn.
+        facts: what all records have besides.
+    """
+
+    mode: str
+    settings: Settings
+    output: Path
+    facts: dict[str, Any]
+
+    def missing_cells(self) -> list[DecodeCell]:
+        """Those that the file lacks.
+
+        Raises:
+            UserError: it is another kind of file.
+        """
+        records = load_records(self.output)
+        finished = finished_cells(records, self.mode, self.settings.identity())
+        return [cell for cell in self.settings.cells() if cell not in finished]
+
+    def cells_of_turns(self, table: Connection) -> Iterator[DecodeCell]:
+        """The cells that the table asks for, each in its round."""
+        for turn in take_turns(table):
+            self.settings = replace(self.settings, round=turn.round)
+            yield turn.cell
+
+    def emit(self, record: dict[str, Any]) -> None:
+        common = {"kind": "decode", "mode": self.mode, "settings": self.settings.identity()}
+        add_record(self.output, common | self.facts | record)
+
+
+def record_facts(settings: Settings) -> dict[str, Any]:
+    """What every record of these settings holds.
 
     Raises:
-        UserError: ``output`` is another kind of file, or an option does not fit the model.
+        UserError: an option does not fit the model.
     """
-    finished = finished_cells(load_records(output), mode, settings.identity())
-    cells = [cell for cell in settings.cells() if cell not in finished]
-    common = {
-        "kind": "decode",
-        "mode": mode,
-        "settings": settings.identity(),
+    return {
         "model_shape": asdict(settings.model_shape()),
         "num_draft_vocab_ids": settings.num_draft_vocab_ids,
         "provenance": provenance(),
-        **({"note": note} if note else {}),
     }
 
-    def emit(record: dict[str, Any]) -> None:
-        add_record(output, common | record)
 
-    clock = Clock(time_limit)
+def measure_missing(job: Job, time_limit: float | None) -> None:
+    """Measure the cells that the file lacks.
+
+    Raises:
+        UserError: it is another kind of file, or an option does not fit the model.
+    """
+    clock, cells = Clock(time_limit), job.missing_cells()
     if not cells:
-        print(f"Nothing left to measure: {output} has every cell of {mode}.")
-    elif mode in TRANSFORMERS_MODES:
-        measure_transformers(settings, mode, cells, clock, emit)
+        print(f"Nothing left to measure: {job.output} has every cell of {job.mode}.")
+    elif job.mode in TRANSFORMERS_MODES:
+        measure_transformers(job.settings, job.mode, cells, clock, job.emit)
     else:
-        measure_engine(settings, mode, cells, clock, emit)
+        measure_engine(job.settings, job.mode, cells, clock, job.emit)
 
 
 def main() -> None:
@@ -175,12 +219,21 @@ def main() -> None:
     parser.add_argument("--round", type=positive_int, help="Which of a table's rounds this is.")
     parser.add_argument("--time-limit", type=float, help="Seconds; no cell is begun beyond.")
     parser.add_argument("--note", help="A sentence on the setting, kept with every cell.")
+    parser.add_argument("--turns", type=int, help=argparse.SUPPRESS)  # A pipe to a table.
     parser.add_argument("--output", type=Path, required=True, help="Result file; it is added to.")
     args = parser.parse_args()
     with mistakes_reported(parser):
         settings = settings_from(args)
         prepare_environment(settings.device)
-        measure_missing(settings, args.mode, args.output, args.time_limit, args.note)
+        facts = record_facts(settings) | ({"note": args.note} if args.note else {})
+        job = Job(args.mode, settings, args.output, facts)
+        if args.turns is None:
+            measure_missing(job, args.time_limit)
+            return
+        job.facts["interleaved"] = True
+        with Connection(args.turns) as table:
+            cells = job.cells_of_turns(table)
+            measure_engine(settings, args.mode, cells, Clock(None), job.emit)
 
 
 if __name__ == "__main__":

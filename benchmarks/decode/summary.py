@@ -201,11 +201,16 @@ def columns(result: DecodeResult) -> list[str]:
 
 
 def _speedup(result: DecodeResult) -> str:
-    """With several rounds, their median and range; of plain decoding it is 1 in each."""
+    """With several rounds, their median and range; of plain decoding it is 1 in each.
+
+    A range with 1 in it shows no difference, whatever the median says.
+    """
     text = format_figure(result.speedup, ".2f")
     if len(result.speedups) < 2 or result.mode == "plain":
         return text
-    return f"{text} ({min(result.speedups):.2f} to {max(result.speedups):.2f})"
+    low, high = min(result.speedups), max(result.speedups)
+    no_difference = ", no difference" if low <= 1 <= high else ""
+    return f"{text} ({low:.2f} to {high:.2f}{no_difference})"
 
 
 def rich_table(results: Sequence[DecodeResult]) -> Table:

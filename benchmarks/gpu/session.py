@@ -23,8 +23,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import sys
 import tarfile
 import time
 import traceback
@@ -36,7 +34,7 @@ import psutil
 
 from benchmarks.engines.results import OUT_OF_TIME
 from vllm_layerskip.files.whole import write_json
-from vllm_layerskip.measuring.processes import logged_process
+from vllm_layerskip.measuring.processes import exit_on_sigterm, logged_process
 from vllm_layerskip.measuring.provenance import code_digest, provenance
 
 POLL_S = 0.5
@@ -254,20 +252,6 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
-
-
-@contextlib.contextmanager
-def exit_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM raise SystemExit(143) in the block, so that the block ends what it started."""
-
-    def leave(signum: int, frame: object) -> None:
-        sys.exit(128 + signum)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def adopt_orphans() -> None:

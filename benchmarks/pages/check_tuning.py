@@ -4,8 +4,9 @@
     python -m benchmarks.pages.check_tuning CHOICE SWEEP
 
 Both are results folders of `tune`; SWEEP was made with `--num-measured all` and the same settings.
-For each batch size the chosen E with its scheduled K is compared with the sweep's best cell, both
-by the sweep's numbers. The exit status is 1 if the choice is more than 10 % slower at any of them.
+For each batch size the chosen draft and E with their scheduled K are compared with the sweep's best
+cell, both by the sweep's numbers. The exit status is 1 if the choice is more than 10 % slower at
+any of them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from vllm_layerskip.tuning.cells import (
     least_disturbed,
     load_measurements,
 )
-from vllm_layerskip.tuning.grid import PLAIN
+from vllm_layerskip.tuning.drafts import Draft
+from vllm_layerskip.tuning.grid import PLAIN_DECODING, DraftCell
+from vllm_layerskip.twins.kinds import NONE
 
 TOLERANCE = 0.10
 
@@ -46,9 +49,8 @@ class Comparison:
 
     def __str__(self) -> str:
         def figures(row: Measurement) -> str:
-            name = "E={} K={}".format(*row.cell)
             ratio = row.tokens_per_s / self.plain
-            return f"{name}, {row.tokens_per_s:.1f} tokens/s ({ratio:.3f} x plain)"
+            return f"{row.draft_cell}, {row.tokens_per_s:.1f} tokens/s ({ratio:.3f} x plain)"
 
         return (
             f"batch {self.batch_size}: chosen {figures(self.chosen)}, best of the sweep "
@@ -56,8 +58,8 @@ class Comparison:
         )
 
 
-def chosen_cell(report: dict[str, Any], batch_size: int) -> tuple[int, int]:
-    """(E, K) of the choice at a batch size; plain decoding where its schedule says so.
+def chosen_cell(report: dict[str, Any], batch_size: int) -> DraftCell:
+    """The choice at a batch size; plain decoding where its schedule says so.
 
     Where drafting pays nowhere, the pair that loses the least stands in at the smallest batch
     size, which it was chosen for.
@@ -69,7 +71,23 @@ def chosen_cell(report: dict[str, Any], batch_size: int) -> tuple[int, int]:
             drafts = scheduled
     if not choice["pays"] and batch_size == min(report["grid"]["batch_sizes"]):
         drafts = choice["num_speculative_tokens"]
-    return (choice["exit_layer"], drafts) if drafts else PLAIN
+    if not drafts:
+        return PLAIN_DECODING
+    return DraftCell(_draft_of(choice), (choice["exit_layer"], drafts))
+
+
+def cells_of_grid(report: dict[str, Any]) -> list[DraftCell]:
+    """Every draft with each E and K that it may have."""
+    found = (
+        DraftCell(_draft_of(row), (row["exit_layer"], row["num_speculative_tokens"]))
+        for row in report["predictions"]
+    )
+    return list(dict.fromkeys(found))
+
+
+def _draft_of(values: dict[str, Any]) -> Draft:
+    """The draft that part of a report names; reports older than draft twins name none."""
+    return Draft(values.get("draft_quantization", NONE), values.get("draft_adapter", NONE))
 
 
 def compare(report: dict[str, Any], rows: Iterable[Measurement]) -> list[Comparison]:
@@ -79,17 +97,17 @@ def compare(report: dict[str, Any], rows: Iterable[Measurement]) -> list[Compari
         UserError: the sweep lacks a cell of the report's grid.
     """
     by_cell = least_disturbed(rows)
-    grid, comparisons = report["grid"], []
-    cells = [(e, k) for e in grid["exit_layers"] for k in grid["num_speculative_tokens"]]
-    for batch_size in grid["batch_sizes"]:
-        missing = [cell for cell in (PLAIN, *cells) if (cell, batch_size) not in by_cell]
+    cells, comparisons = cells_of_grid(report), []
+    for batch_size in report["grid"]["batch_sizes"]:
+        missing = [c for c in (PLAIN_DECODING, *cells) if (c, batch_size) not in by_cell]
         if missing:
-            raise UserError(f"The sweep lacks {missing} at batch size {batch_size}. Go on with it.")
+            names = ", ".join(map(str, missing))
+            raise UserError(f"The sweep lacks {names} at batch size {batch_size}. Go on with it.")
         sweep = [by_cell[cell, batch_size] for cell in cells]
         comparisons.append(
             Comparison(
                 batch_size,
-                plain=by_cell[PLAIN, batch_size].tokens_per_s,
+                plain=by_cell[PLAIN_DECODING, batch_size].tokens_per_s,
                 best=max(sweep, key=lambda row: row.tokens_per_s),
                 chosen=by_cell[chosen_cell(report, batch_size), batch_size],
             )

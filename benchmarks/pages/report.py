@@ -59,11 +59,16 @@ def _caption(records: Sequence[Record]) -> str:
 
 def _rounds(records: Sequence[Record]) -> str:
     num_rounds = max(record["settings"].get("round", 1) for record in records)
+    if num_rounds == 1:
+        return ""
+    engines = (
+        "engines that stay alive and take turns"
+        if any(record.get("interleaved") for record in records)
+        else "engines of their own"
+    )
     return (
-        f", medians over {num_rounds} rounds A B A B with engines of their own, and the range of "
-        "the rounds' speed-ups"
-        if num_rounds > 1
-        else ""
+        f", medians over {num_rounds} rounds A B A B with {engines}, and the range of the rounds' "
+        "speed-ups"
     )
 
 

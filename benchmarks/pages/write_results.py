@@ -29,7 +29,7 @@ from vllm_layerskip.tuning.cells import (
     least_disturbed,
     load_measurements,
 )
-from vllm_layerskip.tuning.grid import PLAIN
+from vllm_layerskip.tuning.grid import PLAIN_DECODING
 
 PAGE = ROOT / "docs" / "results.md"
 FIGURES = ROOT / "docs" / "figures"
@@ -167,7 +167,7 @@ def tuning_table() -> str:
 
 def _tuning_at(found: Comparison, rows: Sequence[Measurement]) -> str:
     rows = [row for row in rows if row.batch_size == found.batch_size]
-    cells = [row for (cell, _), row in least_disturbed(rows).items() if cell != PLAIN]
+    cells = [row for (cell, _), row in least_disturbed(rows).items() if cell != PLAIN_DECODING]
     best = sorted(cells, key=lambda row: row.tokens_per_s, reverse=True)[:5]
     body = [
         [
@@ -177,7 +177,7 @@ def _tuning_at(found: Comparison, rows: Sequence[Measurement]) -> str:
             f"{row.acceptance_length:.2f}",
             f"{row.tokens_per_s:.1f}",
             f"{row.tokens_per_s / found.plain:.2f}",
-            ", ".join(f"{r.tokens_per_s:.1f}" for r in rows if r.cell == row.cell),
+            ", ".join(f"{r.tokens_per_s:.1f}" for r in rows if r.draft_cell == row.draft_cell),
         ]
         for row in dict.fromkeys([found.chosen, *best])
     ]
@@ -189,11 +189,15 @@ def _tuning_at(found: Comparison, rows: Sequence[Measurement]) -> str:
     return f"{markdown(header, body)}\n\n{verdict}"
 
 
-def shape_table() -> str:
-    """The 1B shape on a CPU, beside its byte limit."""
-    text = decode_report(ROOT / "benchmarks" / "results" / "cpu-1b.json")
-    # Without its headings, which name the file and the model.
-    return "\n".join(line for line in text.splitlines() if not line.startswith("#")).strip()
+def _shape_table(name: str) -> Callable[[], str]:
+    """A shape on a CPU, with and without draft twins, beside their byte limits."""
+
+    def table() -> str:
+        text = decode_report(ROOT / "benchmarks" / "results" / f"{name}.json")
+        # Without its headings, which name the file and the model.
+        return "\n".join(line for line in text.splitlines() if not line.startswith("#")).strip()
+
+    return table
 
 
 def runners_table() -> str:
@@ -215,7 +219,8 @@ TABLES: Tables = {
     "functions-4": _prompts_table("functions-b4"),
     "spec-bench": _prompts_table("spec-bench-b1"),
     "tuning": tuning_table,
-    "shape": shape_table,
+    "shape-7b": _shape_table("twins-cpu-7b"),
+    "shape-1b": _shape_table("twins-cpu-1b"),
     "runners": runners_table,
 }
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -176,6 +175,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # So that a mode's process ends with this one.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,10 +33,7 @@ def many_small_engines() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(disable=True):
         # vLLM starts a process for each class that it has not seen.
         patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
-        # Full collections of a heap that holds vLLM, transformers and torch.
-        patch.setattr(gc, "collect", lambda *args: 0)
         yield
-    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -75,7 +75,7 @@ def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft-adapter",
         metavar="PATH",
-        help="Score the draft twin, too, with the adapter in this folder merged.",
+        help="Score the draft twin, too, with the adapter in this folder merged. Default: none.",
     )
 
 
@@ -179,9 +179,10 @@ def _settings(args: argparse.Namespace) -> EvalSettings:
 
 
 def _twin(draft_quantization: str, draft_adapter: str | None) -> TwinSettings | None:
-    if draft_quantization == NONE and draft_adapter is None:
+    adapter = None if draft_adapter == NONE else draft_adapter
+    if draft_quantization == NONE and adapter is None:
         return None
-    return TwinSettings(draft_quantization, draft_adapter)
+    return TwinSettings(draft_quantization, adapter)
 
 
 def _check_outputs(args: argparse.Namespace) -> None:

@@ -7,6 +7,8 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,15 +26,19 @@ def logged_process(
     log: Path,
     environment: Mapping[str, str] | None = None,
     patience_s: float = PATIENCE_S,
+    pass_fds: Sequence[int] = (),
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run ``command`` with its output in ``log``; if it still runs at the end of the block, end it.
+
+    SIGTERM ends the block, too.
 
     Args:
         environment: variables besides this process's own.
         patience_s: seconds that it gets to clean up before it is killed.
+        pass_fds: files that it shares with this process.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w", encoding="utf-8") as stream:
+    with exit_on_sigterm(), log.open("w", encoding="utf-8") as stream:
         # A session of its own, so that vLLM's engine processes can be ended with it.
         process = subprocess.Popen(
             command,
@@ -40,11 +46,32 @@ def logged_process(
             stderr=subprocess.STDOUT,
             start_new_session=True,
             env={**os.environ, **(environment or {})},
+            pass_fds=pass_fds,
         )
         try:
             yield process
         finally:
             _end(process, patience_s)
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise SystemExit(143) in the block, so that the block ends what it started.
+
+    Only the main thread gets signals; another one's block is as it was.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(signum: int, frame: object) -> None:
+        sys.exit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def log_tail(log: Path) -> str:

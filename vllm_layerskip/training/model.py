@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -175,6 +176,27 @@ def load_model(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
     return loaded
 
 
+def _check_lora_numbers(lora: Mapping[str, Any]) -> None:
+    """Refuse numbers that peft would compute with before it finds them wrong."""
+    for name, (is_valid, valid) in _LORA_NUMBERS.items():
+        value = lora.get(name)
+        if name in lora and (isinstance(value, bool) or not is_valid(value)):
+            raise UserError(f"lora.{name}={value!r} must be {valid}. Correct the value.")
+
+
+_LORA_NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (lambda value: isinstance(value, int) and value >= 1, "an integer of at least 1"),
+    "lora_alpha": (
+        lambda value: isinstance(value, int | float) and 0 < value < math.inf,
+        "a number above 0",
+    ),
+    "lora_dropout": (
+        lambda value: isinstance(value, int | float) and 0 <= value < 1,
+        "a number from 0 to below 1",
+    ),
+}
+
+
 def add_lora(model: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
     """Freeze the model and add adapters to its linear layers.
 
@@ -184,6 +206,7 @@ def add_lora(model: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     check_keys(lora, (item.name for item in dataclasses.fields(LoraConfig)), "lora")
+    _check_lora_numbers(lora)
     defaults = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
     try:
         return get_peft_model(model, LoraConfig(**{**defaults, **lora}))

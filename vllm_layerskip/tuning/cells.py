@@ -160,16 +160,16 @@ def _add_columns(path: Path) -> None:
 
 def least_disturbed(
     measurements: Iterable[Measurement],
-) -> dict[tuple[Cell, int], Measurement]:
-    """The fastest measurement of each cell of one draft, by ((E, K), batch size).
+) -> dict[tuple[DraftCell, int], Measurement]:
+    """The fastest measurement of each cell, by cell and batch size.
 
     A cell decodes the same steps in every round, and whatever else a machine does only slows them
     down. On a shared machine such a disturbance lasts for seconds to minutes: it hits a whole round
     or none of it, so the fastest round says most about the cell.
     """
-    fastest: dict[tuple[Cell, int], Measurement] = {}
+    fastest: dict[tuple[DraftCell, int], Measurement] = {}
     for measurement in measurements:
-        key = (measurement.cell, measurement.batch_size)
+        key = (measurement.draft_cell, measurement.batch_size)
         if key not in fastest or measurement.tokens_per_s > fastest[key].tokens_per_s:
             fastest[key] = measurement
     return fastest

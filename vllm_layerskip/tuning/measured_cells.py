@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -47,14 +47,7 @@ class MeasuredCells:
     @property
     def fastest(self) -> dict[tuple[DraftCell, int], Measurement]:
         """Each cell's fastest round, by cell and batch size."""
-        by_draft: defaultdict[Draft, list[Measurement]] = defaultdict(list)
-        for found in self.all_rounds:
-            by_draft[found.draft].append(found)
-        return {
-            (found.draft_cell, size): found
-            for rows in by_draft.values()
-            for (_, size), found in least_disturbed(rows).items()
-        }
+        return least_disturbed(self.all_rounds)
 
     def missing(self, cells: Iterable[DraftCell], num_rounds: int = 1) -> list[DraftCell]:
         """Cells with fewer than ``num_rounds`` measurements at a batch size."""

@@ -124,6 +124,27 @@ def test_a_table_its_report_and_resuming_it(rehearsal, tmp_path):
     assert "x plain" in process.stdout
 
 
+def test_modes_that_take_turns(tmp_path):
+    """Three engines alive at once, one of them with a twin, and each cell in both rounds."""
+    output = tmp_path / "tiny.json"
+    table = (*CPU, "--modes", "plain", "layerskip", "--drafts", "2:4", "2:4:int8")
+    process = run_module("decode.compare", *table, "--interleave", 2, "--output", output)
+    records = load_records(output)
+    assert [(r["batch_size"], r["settings"]["round"], r["mode"]) for r in records] == [
+        (size, number, mode)
+        for size in (1, 2)
+        for number in (1, 2)
+        for mode in ("plain", "layerskip", "layerskip")
+    ]
+    for record in of_mode(records, "layerskip"):
+        is_twin = record["settings"]["draft_quantization"] == "int8"
+        assert record["speculation"]["num_accepted_tokens"] > 0
+        assert (record["speculation"]["num_verify_steps_reused"] > 0) is not is_twin
+    assert len(re.findall(r"layerskip │ E=2 K=4( int8)? +│", process.stdout)) == 4
+    report = run_module("pages.report", output).stdout
+    assert "medians over 2 rounds A B A B with engines that stay alive and take turns" in report
+
+
 @pytest.mark.slow
 def test_peers_and_the_room_that_they_leave(rehearsal, tmp_path):
     output = tmp_path / "tiny.json"

@@ -44,7 +44,8 @@ TWO_RANKS = (
     ("environment", "engine", "spec"),
     [
         ({}, {}, {}),
-        (*TWO_RANKS, {}),
+        # The default run has two ranks with a draft vocabulary.
+        pytest.param(*TWO_RANKS, {}, marks=pytest.mark.slow),
         pytest.param(*TWO_RANKS, {"use_local_argmax_reduction": True}, marks=pytest.mark.slow),
         (*TWO_RANKS, {"draft_vocab": "FILE"}),
         pytest.param(

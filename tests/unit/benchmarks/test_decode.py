@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.decode import compare, limits, prompts, summary
+from benchmarks.decode import compare, limits, prompts, running, summary
+from benchmarks.decode.processes import ModeProcess, in_rounds
 from benchmarks.engines import results
 from vllm_layerskip import embedded_checkpoint
 from vllm_layerskip.errors import UserError
@@ -119,6 +120,24 @@ class TestTable:
         assert summary.columns(ours)[7] == "2.20 (2.10 to 2.30)"
         assert summary.columns(plain)[7] == "1.00"
 
+    @pytest.mark.parametrize(
+        ("speeds", "text"),
+        [
+            ((594.0, 606.0), "1.00 (0.99 to 1.01, no difference)"),
+            ((600.0, 660.0), "1.05 (1.00 to 1.10, no difference)"),
+            ((606.0, 660.0), "1.06 (1.01 to 1.10)"),
+            ((540.0, 594.0), "0.95 (0.90 to 0.99)"),
+        ],
+    )
+    def test_a_range_with_1_in_it_is_no_difference(self, speeds, text):
+        records = []
+        for number, speed in enumerate(speeds, start=1):
+            for mode, tokens_per_s in (("plain", 600.0), ("layerskip", speed)):
+                record = decode_record(mode, 1, tokens_per_s)
+                record["settings"] = record["settings"] | {"round": number}
+                records.append(record)
+        assert summary.columns(summary.decode_results(records)[1])[7] == text
+
     def test_a_round_that_failed_says_so(self):
         records = []
         for number, status in ((1, "ok"), (2, "error"), (3, "ok")):
@@ -145,14 +164,14 @@ class TestCompare:
         def run(body: str, time_limit: float | None = None) -> list[results.Record]:
             script = tmp_path / "measure.py"
             script.write_text("import sys, time\n" + body)
-            monkeypatch.setattr(compare, "MEASURE", (str(script),))
+            monkeypatch.setattr(running, "MEASURE", (str(script),))
             monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
-            monkeypatch.setattr(compare, "STOP_MARGIN_S", 0.5)
+            monkeypatch.setattr(running, "STOP_MARGIN_S", 0.5)
             output = tmp_path / "results.json"
             deadline = None if time_limit is None else time.monotonic() + time_limit
-            one = compare.ModeProcess("plain", tiny_settings())
-            options = compare.RunOptions(deadline)
-            compare.run_mode(one, output, tmp_path / "plain.log", options)
+            one = ModeProcess("plain", tiny_settings())
+            options = running.RunOptions(deadline)
+            running.run_mode(one, output, tmp_path / "plain.log", options)
             return results.load_records(output)
 
         return run
@@ -255,12 +274,10 @@ add_record(Path(sys.argv[sys.argv.index("--output") + 1]), record)
             self.table("--preset", "7b-cnndm", "--drafts", text)
         assert "must be E:K, E:K:KIND or E:K:KIND:LENGTH" in capsys.readouterr().err
 
-    def test_each_round_is_measured_anew(self, run, tmp_path, monkeypatch):
+    def test_each_round_is_measured_anew(self, tmp_path):
         """The second round must not be taken for the first one's resumption."""
-        argv = compare._measure_command(
-            compare.in_rounds([compare.ModeProcess("plain", tiny_settings())], 2)[1],
-            tmp_path / "x.json", None, None,
-        )  # fmt: skip
+        second = in_rounds([ModeProcess("plain", tiny_settings())], 2)[1]
+        argv = running.measure_command(second, tmp_path / "x.json")
         assert argv[argv.index("--round") + 1] == "2"
         settings = [replace(tiny_settings(), round=number).identity() for number in (1, 2)]
         record = {"mode": "plain", "status": "ok", "settings": settings[0], "batch_size": 1}

@@ -276,5 +276,5 @@ class TestRuns:
         assert left_out([empty]) == "Nothing was left out."
 
     def test_another_kind_of_file_is_refused(self):
-        with pytest.raises(UserError, match=r"cpu-1b\.json is no result file of real_prompts"):
-            load(ROOT / "benchmarks" / "results" / "cpu-1b.json")
+        with pytest.raises(UserError, match=r"1b\.json is no result file of real_prompts"):
+            load(ROOT / "benchmarks" / "results" / "twins-cpu-1b.json")

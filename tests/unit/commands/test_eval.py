@@ -128,7 +128,7 @@ def test_a_twin_is_scored_beside_its_model(checkpoints, texts, tmp_path, capsys)
 
 def test_no_quantisation_is_no_twin(checkpoints, texts, tmp_path):
     argv = ("--model", checkpoints / "one", "--data", texts, "--json", tmp_path / "r.json")
-    assert _eval(*argv, "--draft-quantization", "none") == 0
+    assert _eval(*argv, "--draft-quantization", "none", "--draft-adapter", "none") == 0
     assert len(json.loads((tmp_path / "r.json").read_text())["models"]) == 1
 
 

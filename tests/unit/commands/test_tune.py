@@ -592,19 +592,29 @@ def test_a_failing_process_shows_its_error_and_its_log(checkpoint, prompts, tmp_
     assert "no file named" in message or "model.safetensors" in message
 
 
+TWIN = {"draft_quantization": "int4", "draft_adapter": "none"}
+
+
 class TestCheckAgainstASweep:
     """benchmarks/pages/check_tuning.py: a good choice passes, a bad one fails."""
 
     @pytest.fixture
     def check(self, tmp_path):
-        def check(pair, speeds, schedule=None, pays=True):
+        def check(pair, speeds, schedule=None, pays=True, twin=None):
             choice, sweep = tmp_path / "choice", tmp_path / "sweep"
             for folder in (choice, sweep):
                 folder.mkdir()
             grid = {"exit_layers": [2, 3], "num_speculative_tokens": [1, 2], "batch_sizes": [1]}
             report = {
                 "grid": grid,
+                "predictions": [
+                    {"exit_layer": e, "num_speculative_tokens": k, **(draft or {})}
+                    for draft in (None, *([TWIN] if twin else []))
+                    for e in grid["exit_layers"]
+                    for k in grid["num_speculative_tokens"]
+                ],
                 "choice": {
+                    **({} if twin is None else TWIN),
                     "exit_layer": pair[0], "num_speculative_tokens": pair[1], "pays": pays,
                     "num_speculative_tokens_per_batch_size": schedule or [[1, 1, pair[1]]],
                 },
@@ -616,6 +626,10 @@ class TestCheckAgainstASweep:
             measured = [
                 replace(one, exit_layer=e, num_speculative_tokens=k, tokens_per_s=speed)
                 for (e, k), speed in speeds.items()
+            ]
+            measured += [
+                replace(one, exit_layer=e, num_speculative_tokens=k, tokens_per_s=speed, **TWIN)
+                for (e, k), speed in (twin or {}).items()
             ]
             # Another run's rows in the same file do not count.
             measured.append(replace(measured[-1], settings_digest="other", tokens_per_s=1e6))
@@ -642,4 +656,19 @@ class TestCheckAgainstASweep:
     def test_a_sweep_with_holes_is_none(self, check):
         process = check((2, 1), {c: s for c, s in self.SPEEDS.items() if c != (3, 2)})
         assert process.returncode == 2
-        assert "The sweep lacks [(3, 2)]" in process.stderr
+        assert "The sweep lacks E=3 K=2 at batch size 1" in process.stderr
+
+    TWIN_SPEEDS = {(2, 1): 160.0, (2, 2): 150.0, (3, 1): 140.0, (3, 2): 120.0}
+
+    @pytest.mark.parametrize(("pair", "status"), [((2, 1), 0), ((2, 2), 0), ((3, 2), 1)])
+    def test_a_twins_choice_is_compared_with_every_drafts_cells(self, check, pair, status):
+        process = check(pair, self.SPEEDS, twin=self.TWIN_SPEEDS)
+        assert process.returncode == status, process.stderr
+        assert "chosen int4 E={} K={}, ".format(*pair) in process.stdout
+        assert "best of the sweep int4 E=2 K=1, 160.0 tokens/s (1.600 x plain)" in process.stdout
+
+    def test_a_twin_that_the_sweep_lacks(self, check):
+        speeds = {cell: speed for cell, speed in self.TWIN_SPEEDS.items() if cell != (3, 1)}
+        process = check((2, 1), self.SPEEDS, twin=speeds)
+        assert process.returncode == 2
+        assert "The sweep lacks int4 E=3 K=1 at batch size 1" in process.stderr

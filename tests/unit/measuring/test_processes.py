@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -46,6 +48,28 @@ def test_what_a_process_started_ends_with_it(tmp_path, ignores):
             return
         time.sleep(0.05)
     pytest.fail("a process of the session still runs")
+
+
+def test_sigterm_ends_what_was_started(tmp_path):
+    """As where a shell or a job's manager ends a benchmark: its engine must not run on."""
+    log = tmp_path / "process.log"
+    child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from vllm_layerskip.measuring.processes import logged_process\n"
+        f"with logged_process([sys.executable, '-c', {child!r}], Path({str(log)!r})):\n"
+        "    time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code])
+    for _ in range(400):
+        if log.exists() and log.read_text():
+            break
+        time.sleep(0.05)
+    leader = int(log.read_text())
+    assert _session_lives(leader)
+    process.terminate()
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert not _session_lives(leader)
 
 
 def _session_lives(leader: int) -> bool:

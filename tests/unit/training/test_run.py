@@ -239,7 +239,7 @@ def test_a_config_survives_its_own_dictionary(make):
         ({"training": {"torch_compile": True}}, "torch_compile=True must be False"),
         ({"training": {"eval_strategy": "steps", "eval_steps": 2}}, "needs data.eval"),
         ({"lora": {"rank": 4}}, "lora.rank is no key"),
-        ({"lora": {"r": 0}}, "lora: "),
+        ({"lora": {"r": 0}}, "lora.r=0 must be an integer of at least 1"),
         ({"recipe": {"rotation": 5}}, r"recipe.rotation=5 \(R\) must be at most 4"),
         ({"recipe": {"exit_layers": [9]}}, r"recipe.exit_layers=\[9\] must lie in 2..4"),
         ({"output": {"exit_layer": 4}}, "output.exit_layer=4 must be in 1..3"),
