@@ -40,6 +40,11 @@ LONG_FILES = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first; then engine tests, long files first, so that two processes end together."""
+    missing = [name for name in LONG_FILES if not (ENGINE_TESTS / name).exists()]
+    if missing:
+        raise pytest.UsageError(
+            f"tests/conftest.py: LONG_FILES names {missing}, which do not exist"
+        )
     items.sort(key=_place_of_file)
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.decode.interleaved import run_interleaved
+from benchmarks.decode.interleaved import check_memory, run_interleaved
 from benchmarks.decode.processes import (
     ModeProcess,
     draft_processes,
@@ -48,6 +48,7 @@ from benchmarks.engines.modes import MODES, TRANSFORMERS_MODES
 from benchmarks.engines.results import OUT_OF_TIME, Record, load_records
 from benchmarks.engines.settings import add_arguments, settings_from
 from vllm_layerskip.errors import UserError
+from vllm_layerskip.measuring.processes import exit_on_sigterm
 
 DEFAULT_MODES = ("plain", "layerskip", "layerskip-no-reuse", "draft-model")
 
@@ -105,8 +106,8 @@ def table_from(args: argparse.Namespace) -> list[ModeProcess]:
     Raises:
         UserError: options are missing or exclude each other.
     """
-    if args.interleave and set(args.modes) & set(TRANSFORMERS_MODES):
-        raise UserError("--interleave is for vLLM's engines. Use --rounds with transformers….")
+    if args.interleave:
+        _check_interleave(args)
     several, kinds = args.num_speculative_tokens, args.draft_quantization
     args.num_speculative_tokens = several[0] if several else None
     args.draft_quantization = kinds[0] if kinds else None
@@ -121,7 +122,29 @@ def table_from(args: argparse.Namespace) -> list[ModeProcess]:
     else:
         all_k = several or [settings.num_speculative_tokens]
         table = mode_processes(args.modes, settings, all_k, kinds or [settings.draft_quantization])
+    if args.interleave:
+        check_memory(table)
     return in_rounds(table, args.rounds)
+
+
+def _check_interleave(args: argparse.Namespace) -> None:
+    """Refuse what cannot take turns.
+
+    Raises:
+        UserError: an option excludes ``--interleave``.
+    """
+    option = f"--interleave={args.interleave}"
+    others = [mode for mode in args.modes if mode in TRANSFORMERS_MODES]
+    if others:
+        raise UserError(
+            f"{option} cannot go with --modes {' '.join(others)}: only vLLM's engines take turns. "
+            f"Use --rounds={args.interleave}, or leave these modes out."
+        )
+    if args.resume:
+        raise UserError(
+            f"{option} cannot go with --resume: turns of two runs are not seconds apart. "
+            "Choose another --output."
+        )
 
 
 def _fill_from_drafts(args: argparse.Namespace) -> None:
@@ -189,4 +212,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_sigterm():
+        main()

@@ -49,6 +49,14 @@ class Drafts:
     kind: str = NONE
     acceptance_length: float | None = None
 
+    def __str__(self) -> str:
+        parts = [self.exit_layer, self.num_speculative_tokens]
+        if self.kind != NONE or self.acceptance_length is not None:
+            parts.append(self.kind)
+        if self.acceptance_length is not None:
+            parts.append(f"{self.acceptance_length:g}")
+        return ":".join(map(str, parts))
+
     def of(self, settings: Settings) -> Settings:
         """The table's settings with these drafts.
 
@@ -118,6 +126,9 @@ def draft_processes(
     modes: Sequence[str], settings: Settings, all_drafts: Sequence[Drafts]
 ) -> list[ModeProcess]:
     """The processes of ``--drafts``: ``layerskip`` once for each, other modes with the first."""
+    twice = [drafts for drafts in all_drafts if all_drafts.count(drafts) > 1]
+    if twice:
+        raise UserError(f"--drafts names {twice[0]} twice. Leave one out.")
     several = [one.of(settings) for one in all_drafts]
     table = []
     for mode in modes:

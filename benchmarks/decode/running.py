@@ -58,7 +58,7 @@ def run_mode(one: ModeProcess, output: Path, log: Path, options: RunOptions) -> 
     if not in_time:
         add_record(output, mode_record(one, "no-time", reason="killed at the time limit"))
     elif process.returncode != 0:
-        keep_error(one, process, output, log)
+        keep_error([one], process, output, log)
 
 
 @contextmanager
@@ -92,11 +92,18 @@ def measure_command(one: ModeProcess, output: Path, note: str | None = None) -> 
     return command if note is None else [*command, "--note", note]
 
 
-def keep_error(one: ModeProcess, process: subprocess.Popen[bytes], output: Path, log: Path) -> None:
-    """Keep and print why a mode's process ended."""
+def keep_error(
+    rounds: Sequence[ModeProcess], process: subprocess.Popen[bytes], output: Path, log: Path
+) -> None:
+    """Keep and print why a mode's process ended.
+
+    Args:
+        rounds: the mode in each round that lacks a number for it.
+    """
     reason = reason_of_failure(process, log)
-    add_record(output, mode_record(one, "error", reason=reason, error=log_tail(log)))
-    print(f"{one.name}: {reason}. Its log: {log}", flush=True)
+    for one in rounds:
+        add_record(output, mode_record(one, "error", reason=reason, error=log_tail(log)))
+    print(f"{rounds[0].name}: {reason}. Its log: {log}", flush=True)
 
 
 def mode_record(one: ModeProcess, status: str, **facts: str) -> Record:

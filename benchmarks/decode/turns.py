@@ -33,6 +33,6 @@ def take_turns(table: Connection) -> Iterator[Turn]:
         try:
             table.send(READY)
             cell, number = table.recv()
-        except (EOFError, BrokenPipeError):
+        except (EOFError, ConnectionError):
             return
         yield Turn(DecodeCell(*cell), number)

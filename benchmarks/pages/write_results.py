@@ -10,7 +10,7 @@ tables and figures again and compares them with the committed ones.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from benchmarks.engines.command_line import make_parser
@@ -33,7 +33,8 @@ from vllm_layerskip.tuning.grid import PLAIN_DECODING
 
 PAGE = ROOT / "docs" / "results.md"
 FIGURES = ROOT / "docs" / "figures"
-PROMPTS = ROOT / "benchmarks" / "results" / "real-prompts"
+RESULTS = ROOT / "benchmarks" / "results"
+PROMPTS = RESULTS / "real-prompts"
 TUNING = ROOT / "docs" / "tuning" / "embedded-cpu"
 SCORES = ROOT / "vllm_layerskip" / "checkpoint" / "scores.json"
 LARGEST_SPREAD = 0.2
@@ -173,7 +174,7 @@ def _tuning_at(found: Comparison, rows: Sequence[Measurement]) -> str:
         [
             str(row.exit_layer),
             str(row.num_speculative_tokens),
-            "chosen" if row == found.chosen else "",
+            " ".join(_marks(row, found)),
             f"{row.acceptance_length:.2f}",
             f"{row.tokens_per_s:.1f}",
             f"{row.tokens_per_s / found.plain:.2f}",
@@ -189,11 +190,18 @@ def _tuning_at(found: Comparison, rows: Sequence[Measurement]) -> str:
     return f"{markdown(header, body)}\n\n{verdict}"
 
 
+def _marks(row: Measurement, found: Comparison) -> Iterator[str]:
+    if row.draft.has_twin:
+        yield row.draft.name
+    if row == found.chosen:
+        yield "chosen"
+
+
 def _shape_table(name: str) -> Callable[[], str]:
     """A shape on a CPU, with and without draft twins, beside their byte limits."""
 
     def table() -> str:
-        text = decode_report(ROOT / "benchmarks" / "results" / f"{name}.json")
+        text = decode_report(RESULTS / f"{name}.json")
         # Without its headings, which name the file and the model.
         return "\n".join(line for line in text.splitlines() if not line.startswith("#")).strip()
 
@@ -202,7 +210,7 @@ def _shape_table(name: str) -> Callable[[], str]:
 
 def runners_table() -> str:
     """Model Runner V2 under the interpreter beside vLLM's V1 CPU runner."""
-    path = ROOT / "benchmarks" / "results" / "cpu-runners.json"
+    path = RESULTS / "cpu-runners.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     rows = [
         [str(s["batch_size"]), f"{s['step_ms']['v1']:.1f}", f"{s['step_ms']['v2']:.1f}",
@@ -221,6 +229,7 @@ TABLES: Tables = {
     "tuning": tuning_table,
     "shape-7b": _shape_table("twins-cpu-7b"),
     "shape-1b": _shape_table("twins-cpu-1b"),
+    "shape-1b-all": _shape_table("twins-cpu-1b-all"),
     "runners": runners_table,
 }
 

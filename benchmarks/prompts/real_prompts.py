@@ -33,7 +33,7 @@ from benchmarks.prompts.summary import label, outputs_differ
 from benchmarks.prompts.tables import left_out, table
 from vllm_layerskip.commands.arguments import json_object
 from vllm_layerskip.errors import UserError
-from vllm_layerskip.measuring.processes import log_tail, logged_process
+from vllm_layerskip.measuring.processes import exit_on_sigterm, log_tail, logged_process
 from vllm_layerskip.measuring.provenance import COMMAND_VARIABLE, command_line
 
 MODES = tuple(mode for mode in VLLM_MODES if mode != "early-exit")
@@ -175,4 +175,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with exit_on_sigterm():
+        sys.exit(main())

@@ -58,20 +58,23 @@ def logged_process(
 def exit_on_sigterm() -> Iterator[None]:
     """Let SIGTERM raise SystemExit(143) in the block, so that the block ends what it started.
 
-    Only the main thread gets signals; another one's block is as it was.
+    A second SIGTERM is ignored, since it would interrupt that. Where somebody handles SIGTERM
+    already, a block around this one too, it stays as it is, and in threads, which get no signals.
     """
-    if threading.current_thread() is not threading.main_thread():
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
 
     def leave(signum: int, frame: object) -> None:
+        signal.signal(signum, signal.SIG_IGN)
         sys.exit(128 + signum)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGTERM, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def log_tail(log: Path) -> str:

@@ -46,6 +46,27 @@ def test_what_pages_say_of_the_first_gpu_run_is_in_its_files(name):
                 assert f"| {' | '.join(row)} |" in page
 
 
+@pytest.mark.parametrize("name", ["README.md", "docs/draft-twins.md", "CHANGELOG.md"])
+def test_what_pages_say_of_twins_on_a_cpu_is_in_its_file(name):
+    """Every speed-up in a sentence or row on it, and the floor that the twins were built for."""
+    page = (ROOT / name).read_text(encoding="utf-8")
+    results = decode_results(load_records(write_results.RESULTS / "twins-cpu-7b.json"))
+    found = {(one.setting, one.record["batch_size"]): one for one in results}
+    int4, every_layer = found["E=8 K=12 int4", 1], found["E=L K=4 int4", 1]
+    assert min(int4.speedups) >= 3.0
+    assert min(every_layer.speedups) >= 1.6
+    named = [int4, found["E=8 K=12", 1]]
+    if name == "README.md":
+        named += [found["E=8 K=12 int8", 1], every_layer]
+    if name == "docs/draft-twins.md":
+        named = [one for one in results if one.mode != "plain"]
+        for one in named:
+            rounds = ", ".join(f"{speedup:.2f}" for speedup in sorted(one.speedups))
+            assert f"{one.speedup:.2f} ({rounds}) | {one.speedup_limit:.2f}" in page
+    for one in named:
+        assert f"{one.speedup:.2f}" in page
+
+
 @pytest.mark.parametrize(
     "path",
     sorted(write_gpu.RESULTS.rglob("*.*")),

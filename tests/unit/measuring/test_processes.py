@@ -60,16 +60,36 @@ def test_sigterm_ends_what_was_started(tmp_path):
         f"with logged_process([sys.executable, '-c', {child!r}], Path({str(log)!r})):\n"
         "    time.sleep(60)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code])
-    for _ in range(400):
-        if log.exists() and log.read_text():
-            break
-        time.sleep(0.05)
-    leader = int(log.read_text())
-    assert _session_lives(leader)
-    process.terminate()
-    assert process.wait(timeout=30) == 128 + signal.SIGTERM
-    assert not _session_lives(leader)
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        try:
+            for _ in range(400):
+                if log.exists() and log.read_text().endswith("\n"):
+                    break
+                time.sleep(0.05)
+            leader = int(log.read_text())
+            assert _session_lives(leader)
+            process.terminate()
+            assert process.wait(timeout=30) == 128 + signal.SIGTERM
+            assert not _session_lives(leader)
+        finally:
+            process.kill()
+
+
+def test_a_second_sigterm_does_not_interrupt_the_first_ones_work(tmp_path):
+    code = (
+        "import os, signal\n"
+        "from vllm_layerskip.measuring.processes import exit_on_sigterm\n"
+        "with exit_on_sigterm():\n"
+        "    try:\n"
+        "        with exit_on_sigterm(): os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    finally:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM); print('cleaned up')\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert process.returncode == 128 + signal.SIGTERM, process.stderr
+    assert process.stdout == "cleaned up\n"
 
 
 def _session_lives(leader: int) -> bool:
