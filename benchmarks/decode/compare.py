@@ -117,6 +117,11 @@ def table_from(args: argparse.Namespace) -> list[ModeProcess]:
     if settings.model is None and set(args.modes) & set(TRANSFORMERS_MODES):
         raise UserError("--modes transformers… needs --model: it verifies drafts for real.")
     check_output(args)
+    if args.resume:
+        _check_resumable(args.output)
+    twice = [mode for mode in args.modes if args.modes.count(mode) > 1]
+    if twice:
+        raise UserError(f"--modes names {twice[0]} twice. Leave one out.")
     if args.drafts:
         table = draft_processes(args.modes, settings, args.drafts)
     else:
@@ -144,6 +149,14 @@ def _check_interleave(args: argparse.Namespace) -> None:
         raise UserError(
             f"{option} cannot go with --resume: turns of two runs are not seconds apart. "
             "Choose another --output."
+        )
+
+
+def _check_resumable(output: Path) -> None:
+    if any(record.get("interleaved") for record in load_records(output)):
+        raise UserError(
+            f"--resume cannot go on with {output}: its engines took turns (--interleave), and "
+            "turns of two runs are not seconds apart. Choose another --output."
         )
 
 
@@ -193,18 +206,17 @@ def main() -> None:
     deadline = None if args.time_limit is None else time.monotonic() + args.time_limit
     with mistakes_reported(parser):
         table = table_from(args)
-        scratch = Path(tempfile.mkdtemp(prefix="compare-"))
-        output = args.output or scratch / "results.json"
+        output = args.output or Path(tempfile.mkdtemp(prefix="compare-")) / "results.json"
         options = RunOptions(deadline, args.fresh_cache, args.note)
         records = run_table(table, output, options, args.interleave)
     if not args.no_table:
         Console(width=150).print(rich_table(decode_results(records, args.bandwidth)))
-    for record in records:
-        if record["status"] == "error":
-            print(f"{record['mode']}: {record['reason']}. Logs: {output.with_suffix('.logs')}")
+    failed = [record for record in records if record["status"] == "error"]
+    for what in dict.fromkeys(f"{record['mode']}: {record['reason']}" for record in failed):
+        print(f"{what}. Logs: {output.with_suffix('.logs')}")
     statuses = {record["status"] for record in records}
-    if "error" not in statuses:  # Else the logs, which were named, are there.
-        shutil.rmtree(scratch)
+    if args.output is None and not failed:  # Else the logs, which were named, are there.
+        shutil.rmtree(output.parent)
     if "error" in statuses:
         sys.exit(1)
     if "no-time" in statuses:

@@ -164,12 +164,13 @@ def check_memory(table: Sequence[ModeProcess]) -> None:
     """
     settings = table[0].settings
     share = settings.engine_args.get("gpu_memory_utilization")
-    if settings.device == "cuda" and (share is None or share * len(table) > 1):
+    fits = isinstance(share, int | float) and 0 < share * len(table) <= 1
+    if settings.device == "cuda" and len(table) > 1 and not fits:
+        asks = "its default" if share is None else f"gpu_memory_utilization={share!r}"
         fitting = f'{{"gpu_memory_utilization": {0.9 / len(table):.2f}}}'
         raise UserError(
-            f"--interleave keeps {len(table)} engines alive, and each asks for "
-            f"gpu_memory_utilization={share or 'the default'} of the GPU. Give them shares that "
-            f"fit, such as --engine-args '{fitting}'."
+            f"--interleave keeps {len(table)} engines alive, and each asks for {asks}, a share of "
+            f"the GPU's memory. Give them shares that fit, such as --engine-args '{fitting}'."
         )
 
 

@@ -77,8 +77,8 @@ class Settings:
 
     def cells(self) -> list[DecodeCell]:
         """The table's cells in the order of measuring: small batches first."""
-        sizes = sorted(self.batch_sizes)
-        return [DecodeCell(length, size) for length in self.prompt_lens for size in sizes]
+        sizes, lengths = sorted(set(self.batch_sizes)), dict.fromkeys(self.prompt_lens)
+        return [DecodeCell(length, size) for length in lengths for size in sizes]
 
     def model_shape(self) -> Shape:
         """The model's sizes."""

@@ -58,12 +58,13 @@ def _caption(records: Sequence[Record]) -> str:
 
 
 def _rounds(records: Sequence[Record]) -> str:
-    num_rounds = max(record["settings"].get("round", 1) for record in records)
+    measured = [record for record in records if record["status"] == "ok"]
+    num_rounds = max((record["settings"].get("round", 1) for record in measured), default=1)
     if num_rounds == 1:
         return ""
     engines = (
         "engines that stay alive and take turns"
-        if any(record.get("interleaved") for record in records)
+        if all(record.get("interleaved") for record in measured)
         else "engines of their own"
     )
     return (

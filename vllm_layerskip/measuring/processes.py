@@ -85,8 +85,10 @@ def log_tail(log: Path) -> str:
 def reason_of_failure(process: subprocess.Popen[bytes], log: Path) -> str:
     """Why a process failed: its status, and the last error in its log, in one line.
 
-    Without an error there it is the log's last line.
+    Without an error there it is the log's last line. What a signal killed wrote no error.
     """
+    if process.returncode < 0 and process.returncode != -signal.SIGTERM:
+        return f"killed by {signal.Signals(-process.returncode).name}"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     written = [line.strip() for line in lines if line.strip()]
     status = f"exit status {process.returncode}"

@@ -176,24 +176,25 @@ def load_model(model: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
     return loaded
 
 
-def _check_lora_numbers(lora: Mapping[str, Any]) -> None:
-    """Refuse numbers that peft would compute with before it finds them wrong."""
-    for name, (is_valid, valid) in _LORA_NUMBERS.items():
-        value = lora.get(name)
-        if name in lora and (isinstance(value, bool) or not is_valid(value)):
-            raise UserError(f"lora.{name}={value!r} must be {valid}. Correct the value.")
+def _check_lora_values(lora: Mapping[str, Any]) -> None:
+    """Refuse values that peft would work with before it finds them wrong."""
+    for name, (is_valid, valid) in _LORA_VALUES.items():
+        if name in lora and not is_valid(lora[name]):
+            raise UserError(f"lora.{name}={lora[name]!r} must be {valid}. Correct the value.")
 
 
-_LORA_NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (lambda value: isinstance(value, int) and value >= 1, "an integer of at least 1"),
+# Python's bool is an int, and YAML's yes is a bool.
+_LORA_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (lambda value: type(value) is int and value >= 1, "an integer of at least 1"),
     "lora_alpha": (
-        lambda value: isinstance(value, int | float) and 0 < value < math.inf,
+        lambda value: type(value) in (int, float) and 0 < value < math.inf,
         "a number above 0",
     ),
     "lora_dropout": (
-        lambda value: isinstance(value, int | float) and 0 <= value < 1,
+        lambda value: type(value) in (int, float) and 0 <= value < 1,
         "a number from 0 to below 1",
     ),
+    "use_rslora": (lambda value: type(value) is bool, "true or false"),
 }
 
 
@@ -206,9 +207,9 @@ def add_lora(model: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     check_keys(lora, (item.name for item in dataclasses.fields(LoraConfig)), "lora")
-    _check_lora_numbers(lora)
+    _check_lora_values(lora)
     defaults = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
     try:
         return get_peft_model(model, LoraConfig(**{**defaults, **lora}))
-    except (TypeError, ValueError) as error:
+    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
         raise UserError(f"lora: {first_line(error)}. Correct the value.") from None

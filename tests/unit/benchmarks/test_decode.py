@@ -191,6 +191,10 @@ add_record(Path(sys.argv[sys.argv.index("--output") + 1]), record)
             ("sys.exit('no GPU')", "exit status 1: no GPU"),
             ("print('a'); raise ValueError('no GPU')", "exit status 1: ValueError: no GPU"),
             ("sys.exit(3)", "exit status 3; it wrote nothing"),
+            (
+                "print('ValueError: of a warning', flush=True)\nimport os; os.kill(os.getpid(), 9)",
+                "killed by SIGKILL",
+            ),
         ],
     )
     def test_a_failed_mode_leaves_its_error_and_what_it_measured(

@@ -12,10 +12,10 @@ import pytest
 from benchmarks.decode import compare, running
 from benchmarks.decode.interleaved import run_interleaved
 from benchmarks.decode.processes import ModeProcess
-from benchmarks.engines.results import Record, load_records
+from benchmarks.engines.results import Record, add_record, load_records
 from vllm_layerskip.errors import UserError
 
-from .records import tiny_settings
+from .records import parse_settings, tiny_settings
 
 ROOT = Path(__file__).parents[3]
 SETTINGS = tiny_settings()
@@ -204,12 +204,17 @@ TABLE = ("--preset", "7b-cnndm", "--interleave", "2", "--modes", "plain", "layer
             "--interleave=2 cannot go with --modes transformers: ",
         ),
         (["--resume", *TABLE, "--device", "cpu"], "--interleave=2 cannot go with --resume"),
-        (TABLE, "--interleave keeps 2 engines alive, and each asks for gpu_memory_utilization="),
+        (TABLE, "--interleave keeps 2 engines alive, and each asks for its default"),
         (
             [*TABLE, "--engine-args", '{"gpu_memory_utilization": 0.6}'],
             """such as --engine-args '{"gpu_memory_utilization": 0.45}'""",
         ),
+        (
+            [*TABLE, "--engine-args", '{"gpu_memory_utilization": "0.2"}'],
+            "each asks for gpu_memory_utilization='0.2'",
+        ),
         (["--tiny", "--drafts", "2:4", "2:4"], "--drafts names 2:4 twice"),
+        (["--tiny", "--modes", "plain", "plain"], "--modes names plain twice"),
     ],
 )
 def test_what_cannot_be(argv, message):
@@ -220,6 +225,24 @@ def test_what_cannot_be(argv, message):
 def test_shares_of_a_gpu_that_fit():
     argv = [*TABLE, "--engine-args", '{"gpu_memory_utilization": 0.5}']
     assert len(compare.table_from(compare.build_parser().parse_args(argv))) == 2
+
+
+def test_one_engine_may_have_the_whole_gpu():
+    argv = ["--preset", "7b-cnndm", "--interleave", "2", "--modes", "plain"]
+    assert len(compare.table_from(compare.build_parser().parse_args(argv))) == 1
+
+
+def test_a_cell_that_is_named_twice_is_one():
+    settings = parse_settings("--tiny", "--batch-sizes", "2", "1", "2", "--prompt-lens", "9", "9")
+    assert settings.cells() == [(9, 1), (9, 2)]
+
+
+def test_turns_are_not_resumed_in_rounds(run, tmp_path):
+    for record in run(rounds=1):
+        add_record(tmp_path / "turns.json", record | {"interleaved": True, "mode": "early-exit"})
+    argv = ["--tiny", "--resume", "--rounds", "2", "--output", str(tmp_path / "turns.json")]
+    with pytest.raises(UserError, match="--resume cannot go on with .*: its engines took turns"):
+        compare.table_from(compare.build_parser().parse_args(argv))
 
 
 def test_rounds_or_turns(capsys):
