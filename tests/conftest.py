@@ -25,15 +25,14 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 ENGINE_TESTS = Path(__file__).parent / "engine"
 LONG_FILES = (
-    "serving/test_processes.py",
     "commands/test_benchmarks.py",
+    "serving/test_processes.py",
     "exactness/test_feature_matrix.py",
     "serving/test_serve.py",
-    "features/test_early_exit.py",
-    "features/test_structured_outputs.py",
-    "features/test_metrics.py",
-    "commands/test_batch_generate.py",
     "commands/test_every_option.py",
+    "features/test_structured_outputs.py",
+    "exactness/test_twin.py",
+    "commands/test_batch_generate.py",
 )
 """Engine tests of more than a minute and a half, the longest first."""
 

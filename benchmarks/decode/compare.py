@@ -214,12 +214,11 @@ def main() -> None:
     failed = [record for record in records if record["status"] == "error"]
     for what in dict.fromkeys(f"{record['mode']}: {record['reason']}" for record in failed):
         print(f"{what}. Logs: {output.with_suffix('.logs')}")
-    statuses = {record["status"] for record in records}
     if args.output is None and not failed:  # Else the logs, which were named, are there.
         shutil.rmtree(output.parent)
-    if "error" in statuses:
+    if failed:
         sys.exit(1)
-    if "no-time" in statuses:
+    if any(record["status"] == "no-time" for record in records):
         sys.exit(OUT_OF_TIME)
 
 

@@ -100,15 +100,13 @@ class _TurnTaker:
                 add_record(self._output, mode_record(one, "no-time", reason=NO_TIME))
 
     def let_go(self) -> None:
-        """Have the process end by itself."""
-        if hasattr(self, "process"):
-            self.pipe.close()
+        """Have the process, which was started, end by itself."""
+        self.pipe.close()
 
     def end(self) -> None:
-        """End the process, if need be, with all that it started."""
-        if hasattr(self, "process"):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(_END_S)
+        """Wait until the process has ended, and end what is left of it and of what it started."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(_END_S)
         self.kill()
 
     def kill(self) -> None:
@@ -129,8 +127,7 @@ class _TurnTaker:
             raise _ProcessEndedError from None
 
     def _require_time(self) -> None:
-        time_left = self._options.time_left
-        if time_left is not None and time_left < 0:
+        if self._options.is_over:
             raise _OutOfTimeError
 
 

@@ -226,11 +226,11 @@ def main() -> None:
         settings = settings_from(args)
         prepare_environment(settings.device)
         facts = record_facts(settings) | ({"note": args.note} if args.note else {})
+        facts |= {} if args.turns is None else {"interleaved": True}
         job = Job(args.mode, settings, args.output, facts)
         if args.turns is None:
             measure_missing(job, args.time_limit)
             return
-        job.facts["interleaved"] = True
         with Connection(args.turns) as table:
             cells = job.cells_of_turns(table)
             measure_engine(settings, args.mode, cells, Clock(None), job.emit)

@@ -43,6 +43,12 @@ class RunOptions:
         """Seconds until the deadline; None without one."""
         return None if self.deadline is None else self.deadline - time.monotonic()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the deadline has come."""
+        time_left = self.time_left
+        return time_left is not None and time_left < 0
+
 
 def run_mode(one: ModeProcess, output: Path, log: Path, options: RunOptions) -> None:
     """Run a mode's process to its end; whatever comes of it is in ``output``."""
@@ -54,7 +60,7 @@ def run_mode(one: ModeProcess, output: Path, log: Path, options: RunOptions) -> 
     if time_left is not None:
         arguments = ["--time-limit", str(time_left - STOP_MARGIN_S)]
     with started(one, output, log, options, arguments) as process:
-        in_time = _wait(process, output, one, time_left)
+        in_time = _wait(process, output, one, options)
     if not in_time:
         add_record(output, mode_record(one, "no-time", reason="killed at the time limit"))
     elif process.returncode != 0:
@@ -128,15 +134,15 @@ def print_new(one: ModeProcess, output: Path, seen: list[Record]) -> list[Record
 
 
 def _wait(
-    process: subprocess.Popen[bytes], output: Path, one: ModeProcess, time_left: float | None
+    process: subprocess.Popen[bytes], output: Path, one: ModeProcess, options: RunOptions
 ) -> bool:
     """Print records as they come until the process ends; False if time ran out before."""
-    start, seen = time.monotonic(), load_records(output)
+    seen = load_records(output)
     while True:
         running = process.poll() is None
         seen = print_new(one, output, seen)
         if not running:
             return True
-        if time_left is not None and time.monotonic() - start > time_left:
+        if options.is_over:
             return False
         time.sleep(0.5)
