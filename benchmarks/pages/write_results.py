@@ -3,6 +3,9 @@
 
     python -m benchmarks.pages.write_results
 
+Results of a real model, which ``benchmarks.pages.real_model`` names, come first; what the embedded
+checkpoint shows is an appendix then.
+
 Every number of its tables comes from a file; ``tests/unit/benchmarks/test_results_page.py`` makes
 tables and figures again and compares them with the committed ones.
 """
@@ -17,12 +20,15 @@ from benchmarks.engines.command_line import make_parser
 from benchmarks.engines.markdown import markdown
 from benchmarks.engines.results import command_today
 from benchmarks.pages.check_tuning import Comparison, compare
-from benchmarks.pages.figures import draw_figures
+from benchmarks.pages.figures import draw_figures, draw_real_model
+from benchmarks.pages.real_model import arranged, real_tables
 from benchmarks.pages.report import report as decode_report
-from benchmarks.pages.tables import ROOT, Tables, write_tables
+from benchmarks.pages.sources import source
+from benchmarks.pages.tables import ROOT, Tables, with_tables
 from benchmarks.prompts.records import load
 from benchmarks.prompts.summary import label, runs_spread, speedup_range, summarize
 from benchmarks.prompts.tables import category_table, equal_answers, left_out, two_digits
+from vllm_layerskip.files.whole import write_text
 from vllm_layerskip.tuning.cells import (
     CELLS_FILE,
     Measurement,
@@ -35,6 +41,7 @@ PAGE = ROOT / "docs" / "results.md"
 FIGURES = ROOT / "docs" / "figures"
 RESULTS = ROOT / "benchmarks" / "results"
 PROMPTS = RESULTS / "real-prompts"
+REAL_MODEL = RESULTS / "real-model"
 TUNING = ROOT / "docs" / "tuning" / "embedded-cpu"
 SCORES = ROOT / "vllm_layerskip" / "checkpoint" / "scores.json"
 LARGEST_SPREAD = 0.2
@@ -73,7 +80,7 @@ def _prompts_table(name: str) -> Callable[[], str]:
             _modes(records),
             category_table(records, speedups=_is_steady(records)),
             left_out(records),
-            _source(f"benchmarks/results/real-prompts/{name}.json", records),
+            source(f"benchmarks/results/real-prompts/{name}.json", records),
         )
         return "\n\n".join(parts)
 
@@ -114,42 +121,6 @@ def _modes(records: Sequence[dict[str, Any]]) -> str:
         "told apart."
     )
     return f"{markdown(header, body)}\n\n{note}"
-
-
-def _source(file: str, records: Sequence[dict[str, Any]]) -> str:
-    machines = dict.fromkeys(_machine(record["provenance"]) for record in records)
-    commits = dict.fromkeys(_commit(record["provenance"]["commit"]) for record in records)
-    commands = dict.fromkeys(command_today(record["provenance"]) for record in records)
-    settings, questions = records[0]["settings"], records[0]["questions"]
-    sampling = records[0]["sampling"]
-    drawn = f"temperature {sampling['temperature']:g}" if sampling["temperature"] else "greedy"
-    ends = "past the end of sequence" if sampling["ignore_eos"] else "to the end of sequence"
-    same = sum(a["same_in_every_run"] for r in records for a in r["answers"])
-    num_answers = sum(len(r["answers"]) for r in records)
-    return (
-        f"* From `{file}`: {questions['num_questions']} of the file's {questions['of']} "
-        f"questions (SHA-256 {questions['sha256'][:12]}), {drawn}, {ends} or "
-        f"{sampling['max_tokens']} tokens; {same} of {num_answers} answers were the same in "
-        "every run.\n"
-        f"* {settings['dtype']}, batch {settings['batch_size']}, {settings['repeats']} runs after "
-        f"a warm-up; {' and '.join(machines)}; commit {' and '.join(commits)}.\n"
-        f"* Again: {', then '.join(f'`{command}`' for command in commands)}"
-    )
-
-
-def _machine(facts: dict[str, Any]) -> str:
-    gpu = facts["gpu"]
-    machine = gpu["name"] if gpu else f"{facts['cpu']['count']} x {facts['cpu']['model']}"
-    versions = ", ".join(
-        f"{name} {facts['versions'][name]}"
-        for name in ("vllm", "torch", "python")
-        if name in facts["versions"]
-    )
-    return f"{machine}; {versions}"
-
-
-def _commit(commit: dict[str, Any]) -> str:
-    return (commit["id"] or "unknown")[:12] + (" with local changes" if commit["dirty"] else "")
 
 
 def tuning_table() -> str:
@@ -231,13 +202,16 @@ TABLES: Tables = {
     "shape-1b": _shape_table("twins-cpu-1b"),
     "shape-1b-all": _shape_table("twins-cpu-1b-all"),
     "runners": runners_table,
+    **real_tables(REAL_MODEL),
 }
 
 
 def main() -> None:
     make_parser(__doc__).parse_args()
-    write_tables(PAGE, TABLES)
-    for path in (PAGE, *draw_figures(PROMPTS, FIGURES)):
+    page = arranged(PAGE.read_text(encoding="utf-8"), REAL_MODEL)
+    write_text(PAGE, with_tables(page, TABLES))
+    figures = [*draw_figures(PROMPTS, FIGURES), *draw_real_model(REAL_MODEL, FIGURES)]
+    for path in (PAGE, *figures):
         print(path.relative_to(ROOT))
 
 

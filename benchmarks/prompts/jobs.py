@@ -7,7 +7,8 @@ import argparse
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from benchmarks.engines.questions import (
@@ -18,20 +19,31 @@ from benchmarks.engines.questions import (
 )
 from benchmarks.engines.settings import Settings, read_config
 from benchmarks.prompts.chats import Chats
+from benchmarks.prompts.drafts import Drafts, all_drafts, drafts_of_checkpoint
 from benchmarks.prompts.measure import Sampling
 from vllm_layerskip.errors import UserError
 from vllm_layerskip.files.tokenizers import load_tokenizer
+from vllm_layerskip.twins.kinds import NONE
 
 
-def jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One for each process.
+@dataclass(frozen=True)
+class Run:
+    """What a process measures: a mode with E and K, and LayerSkip's drafts if they are named."""
+
+    mode: str
+    pair: tuple[int, int]
+    drafts: Drafts | None = None
+
+
+def jobs(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
+    """One for each process, and why a mode has none for some drafts.
 
     Raises:
         UserError: an option or a file is wrong; the message names it.
     """
     config = read_config(args.model)
-    pairs = _pairs(args, config)
-    longest = max(k for _, k in pairs)
+    runs, left_out = _runs(args, config)
+    longest = max(run.pair[1] for run in runs)
     max_prompt_tokens = _max_prompt_tokens(args, config, longest)
     chosen, source = _questions(args, max_prompt_tokens)
     sampling = Sampling(
@@ -39,26 +51,35 @@ def jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
     )
     return [
         {
-            "mode": mode,
-            "settings": asdict(_settings(args, pair, max_prompt_tokens + longest - pair[1])),
+            "mode": run.mode,
+            "settings": asdict(_settings(args, run, max_prompt_tokens + longest - run.pair[1])),
+            "drafts": None if run.drafts is None else run.drafts.facts(),
             "sampling": asdict(sampling),
             "questions": [asdict(question) for question in chosen],
             "source": source,
         }
-        for mode, pair in modes_with_pairs(args.modes, pairs)
-    ]
+        for run in runs
+    ], left_out
 
 
-def _pairs(args: argparse.Namespace, config: dict[str, Any]) -> list[tuple[int, int]]:
-    """The pairs (E, K): given ones, or the checkpoint's."""
-    pairs = args.pairs
-    if pairs is None:
-        block = config.get("layerskip") or {}
-        if not {"exit_layer", "num_speculative_tokens"} <= set(block):
-            raise UserError(f"--pairs: {args.model} has no layerskip block. Give E:K.")
-        pairs = [(block["exit_layer"], block["num_speculative_tokens"])]
-    _check_pairs(pairs, config["num_hidden_layers"])
-    return pairs
+def _runs(args: argparse.Namespace, config: dict[str, Any]) -> tuple[list[Run], list[str]]:
+    """The modes with the drafts that were named: pairs (E, K), or drafts as data."""
+    if args.pairs is not None and args.drafts is not None:
+        raise UserError("--pairs cannot go with --drafts. Give one of them.")
+    if args.pairs is not None:
+        _check_pairs(args.pairs, config["num_hidden_layers"])
+        return [Run(mode, pair) for mode, pair in modes_with_pairs(args.modes, args.pairs)], []
+    if args.draft_vocab is not None:
+        raise UserError(
+            f"--draft-vocab {args.draft_vocab} goes with --pairs. Give draft_vocab in --drafts."
+        )
+    model = Path(args.model)
+    drafts = (
+        [drafts_of_checkpoint(model, config)]
+        if args.drafts is None
+        else all_drafts(args.drafts, model, config)
+    )
+    return modes_with_drafts(args.modes, drafts)
 
 
 def _max_prompt_tokens(args: argparse.Namespace, config: dict[str, Any], longest: int) -> int:
@@ -77,7 +98,7 @@ def _questions(
     args: argparse.Namespace, max_prompt_tokens: int
 ) -> tuple[list[Question], dict[str, Any]]:
     """The questions to ask, and what a record says about their file."""
-    all_questions = read_questions(args.questions)
+    all_questions = read_questions(args.questions, chat=args.chat)
     require_different_ids(all_questions, args.questions)
     fitting = fitting_questions(all_questions, args, max_prompt_tokens)
     if not fitting:
@@ -109,6 +130,43 @@ def modes_with_pairs(
     return list(found.values())
 
 
+def modes_with_drafts(
+    modes: Sequence[str], drafts: Sequence[Drafts]
+) -> tuple[list[Run], list[str]]:
+    """A run for each process, and why a mode has none for some drafts.
+
+    ``draft-model`` runs once for each (E, K) of the drafts, ``ngram`` for each K.
+    """
+    runs: list[Run] = []
+    left_out = []
+    for mode in dict.fromkeys(modes):
+        for of_mode in drafts:
+            found = _run(mode, of_mode)
+            if isinstance(found, str):
+                left_out.append(f"{mode}: none for {of_mode.name}, {found}.")
+            elif found not in runs:
+                runs.append(found)
+    return runs, left_out
+
+
+def _run(mode: str, drafts: Drafts) -> Run | str:
+    """The run of a mode, or why there is none."""
+    if mode == "plain":
+        return Run(mode, (0, 0))
+    if mode == "ngram":
+        return Run(mode, (0, drafts.num_speculative_tokens))
+    if mode == "draft-model":
+        if drafts.has_all_layers:
+            return "whose drafts have all layers: a model of them would be the target itself"
+        return Run(mode, drafts.pair)
+    if mode == "layerskip-no-reuse":
+        if not drafts.reuses:
+            return "which reuses no exit states anyhow"
+        config = drafts.config | {"reuse_exit_states": False}
+        return Run(mode, drafts.pair, replace(drafts, config=config, reuses=False))
+    return Run(mode, drafts.pair, drafts)
+
+
 def fitting_questions(
     questions: Sequence[Question], args: argparse.Namespace, max_prompt_tokens: int
 ) -> list[Question]:
@@ -137,12 +195,13 @@ def _check_pairs(pairs: Iterable[tuple[int, int]], num_layers: int) -> None:
             )
 
 
-def _settings(args: argparse.Namespace, pair: tuple[int, int], max_prompt_tokens: int) -> Settings:
+def _settings(args: argparse.Namespace, run: Run, max_prompt_tokens: int) -> Settings:
     return Settings(
         model=args.model,
-        exit_layer=pair[0],
-        num_speculative_tokens=pair[1],
+        exit_layer=run.pair[0],
+        num_speculative_tokens=run.pair[1],
         draft_vocab=args.draft_vocab,
+        draft_quantization=NONE if run.drafts is None else run.drafts.draft_quantization,
         batch_sizes=[args.batch_size],
         prompt_lens=[max_prompt_tokens],
         output_len=args.max_tokens,

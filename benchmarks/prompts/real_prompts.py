@@ -4,9 +4,10 @@
     python -m benchmarks.prompts.real_prompts --model MODEL \\
         --questions question.jsonl --output FILE.json
 
-Each mode answers the same questions in a process of its own. Answers end where the model ends them:
-a base model that runs past its end repeats itself, which inflates acceptance. Outputs are compared
-with plain vLLM's. docs/benchmarks.md has the protocol.
+Each mode answers the same questions in a process of its own; --drafts names several drafts of
+LayerSkip's, each as speculative_config would have it. Answers end where the model ends them: a base
+model that runs past its end repeats itself, which inflates acceptance. Outputs are compared with
+plain vLLM's. docs/benchmarks.md has the protocol.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from benchmarks.engines.command_line import (
     positive_int,
 )
 from benchmarks.engines.modes import VLLM_MODES
+from benchmarks.prompts.drafts import named_config
 from benchmarks.prompts.jobs import jobs
 from benchmarks.prompts.records import is_record_of, load, save
 from benchmarks.prompts.summary import label, outputs_differ
-from benchmarks.prompts.tables import left_out, table
+from benchmarks.prompts.tables import left_out, plain_record, position_table, table
 from vllm_layerskip.commands.arguments import json_object
 from vllm_layerskip.errors import UserError
 from vllm_layerskip.measuring.processes import exit_on_sigterm, log_tail, logged_process
@@ -56,7 +58,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--pairs", nargs="+", type=_pair, metavar="E:K", help="Default: the checkpoint's."
     )
-    parser.add_argument("--draft-vocab", help="As for benchmarks.decode.compare.")
+    parser.add_argument(
+        "--drafts",
+        nargs="+",
+        type=named_config,
+        metavar="NAME=JSON",
+        help="In place of --pairs: keys of speculative_config. Default: the checkpoint's.",
+    )
+    parser.add_argument("--draft-vocab", help="With --pairs: a file of token ids, or a number.")
     for name, default, text in COUNTS:
         parser.add_argument(name, type=positive_int, default=default, help=text)
     _add_sampling_arguments(parser)
@@ -114,7 +123,7 @@ def missing_jobs(
     if others:
         raise UserError(
             f"--resume: {output} has other runs ({'; '.join(others)}): its questions or "
-            "settings differ, or --modes or --pairs leave them out. Choose another file."
+            "settings differ, or --modes, --pairs or --drafts leave them out. Choose another file."
         )
     return [job for job in todo if not any(is_record_of(record, job) for record in records)]
 
@@ -128,8 +137,13 @@ def prepare(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[s
     if "plain" not in args.modes:
         raise UserError(f"--modes {' '.join(args.modes)} must include plain, the baseline.")
     check_output(args)
+    if args.temperature < 0:
+        raise UserError(f"--temperature {args.temperature} must be at least 0.")
     records = load(args.output) if args.output is not None and args.output.exists() else []
-    return records, missing_jobs(jobs(args), records, args.output)
+    todo, left_out_modes = jobs(args)
+    for reason in left_out_modes:
+        print(reason, flush=True)
+    return records, missing_jobs(todo, records, args.output)
 
 
 def run_all(
@@ -164,8 +178,8 @@ def main() -> int:
     failed = run_all(todo, records, args.output)
     if "plain" in failed:
         return 1
-    print(f"\n{table(records)}\n\n{left_out(records)}")
-    plain = next(record for record in records if record["mode"] == "plain")
+    print(f"\n{table(records)}\n\n{position_table(records)}\n\n{left_out(records)}")
+    plain = plain_record(records)
     if args.dtype == "float32" and args.temperature == 0:
         differ = [label(record) for record in records if outputs_differ(record, plain)]
         if differ:

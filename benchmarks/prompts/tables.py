@@ -7,20 +7,37 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.engines.markdown import markdown
-from benchmarks.prompts.summary import CategoryResult, label, summarize
+from benchmarks.prompts.summary import (
+    CategoryResult,
+    acceptance_by_position,
+    is_greedy,
+    label,
+    summarize,
+)
 
 HEADER = ("category", "questions", "answers", "tokens an answer", "mode", "acceptance length",
-          "tokens/s", "speed-up", "of decoding", "equal to plain")  # fmt: skip
+          "tokens/s", "x plain", "with prefill")  # fmt: skip
+EQUAL = "equal to plain"
+
+
+def plain_record(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The baseline."""
+    return next(record for record in records if record["mode"] == "plain")
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """All modes, category by category, as Markdown."""
-    plain = next(record for record in records if record["mode"] == "plain")
+    """All modes, category by category, as Markdown; sampled answers are not compared."""
+    plain = plain_record(records)
     lines: dict[str, list[list[str]]] = {}
     for record in records:
         for result in summarize(record, plain):
-            lines.setdefault(result.category, []).append(_columns(label(record), result))
-    return markdown(HEADER, [line for of_category in lines.values() for line in of_category])
+            line = _columns(label(record), result)
+            if record is plain:  # It is its own measure.
+                line[HEADER.index("x plain")] = line[HEADER.index("with prefill")] = ""
+            lines.setdefault(result.category, []).append(line)
+    header = (*HEADER, EQUAL) if is_greedy(plain) else HEADER
+    body = [line[: len(header)] for of_category in lines.values() for line in of_category]
+    return markdown(header, body)
 
 
 def _columns(mode: str, result: CategoryResult) -> list[str]:
@@ -31,11 +48,39 @@ def _columns(mode: str, result: CategoryResult) -> list[str]:
         f"{result.num_tokens:.0f}",
         mode,
         two_digits(result.acceptance_length),
-        f"{result.tokens_per_s:.1f}",
+        *speed_columns(result),
         two_digits(result.speedup),
-        two_digits(result.decoding_speedup),
         equal_answers(result),
     ]
+
+
+def speed_columns(result: CategoryResult) -> tuple[str, str]:
+    """Tokens/s and speed-up of decoding, with their ranges over the runs; empty without speeds."""
+    speeds = result.speeds
+    if speeds is None:
+        return "", ""
+    slowest, fastest = min(speeds.ours), max(speeds.ours)
+    tokens_per_s = with_range(speeds.median, slowest, fastest, digits=1)
+    return tokens_per_s, with_range(speeds.speedup, *speeds.speedup_range)
+
+
+def with_range(value: float, low: float, high: float, digits: int = 2) -> str:
+    """A figure and what it ranges over; a single run has no range."""
+    text = f"{value:.{digits}f}"
+    return text if low == high else f"{text} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def position_table(records: Sequence[dict[str, Any]]) -> str:
+    """Share of the decoding steps that accepted their first draft, their second one, and so on."""
+    shares = {label(record): acceptance_by_position(record) for record in records}
+    longest = max(map(len, shares.values()))
+    header = ("mode", *(f"draft {position + 1}" for position in range(longest)))
+    body = [
+        [name, *(f"{share:.2f}" for share in of_mode), *[""] * (longest - len(of_mode))]
+        for name, of_mode in shares.items()
+        if of_mode
+    ]
+    return markdown(header, body)
 
 
 def equal_answers(result: CategoryResult) -> str:
@@ -50,7 +95,7 @@ def two_digits(value: float | None) -> str:
 
 def category_table(records: Sequence[dict[str, Any]], *, speedups: bool) -> str:
     """Acceptance length of LayerSkip's modes, and their speed-up, a row for each category."""
-    plain = next(record for record in records if record["mode"] == "plain")
+    plain = plain_record(records)
     drafting = [record for record in records if record["mode"] == "layerskip"]
     results = [summarize(record, plain) for record in drafting]
     header = ["category", "questions", "answers"]

@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[2]
 ROOMS = {
     # From the ground up: a room may import itself and those before it.
     "vllm_layerskip": (
-        "errors", "architectures", "files", "chats", "twins", "host", "cpu", "config", "metrics",
-        "worker", "models", "plugin", "counters", "measuring", "evaluation", "training", "tuning",
-        "batch", "commands",
+        "errors", "architectures", "files", "chats", "twins", "example_model", "host", "cpu",
+        "config", "metrics", "worker", "models", "plugin", "counters", "measuring", "evaluation",
+        "training", "tuning", "batch", "commands",
     ),
     "benchmarks": ("engines", "decode", "serve", "prompts", "pages", "gpu"),
 }  # fmt: skip

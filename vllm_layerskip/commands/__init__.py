@@ -39,4 +39,14 @@ COMMANDS: tuple[Command, ...] = (
         "vllm_layerskip.commands.generate",
         "Answer a file of prompts, on one engine or, with Ray, on many.",
     ),
+    Command(
+        "self-chats",
+        "vllm_layerskip.commands.self_chats",
+        "Make chats out of nothing but a model, which asks and answers: data for its drafts.",
+    ),
+    Command(
+        "example-model",
+        "vllm_layerskip.commands.example_model",
+        "Make a small instruct model to try LayerSkip with, out of the package index.",
+    ),
 )

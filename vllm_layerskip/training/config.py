@@ -247,6 +247,7 @@ class TrainConfig:
                 train=data.train.with_absolute_paths(),
                 eval=data.eval and data.eval.with_absolute_paths(),
             ),
+            recipe=self.recipe.with_absolute_paths(),
             output=dataclasses.replace(
                 output,
                 folder=output.folder.absolute(),

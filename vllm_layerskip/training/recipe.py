@@ -75,6 +75,9 @@ class Recipe:
         """The twin's recipe: no layer dropout, loss on the last layer only."""
         return cls(max_layer_dropout=0.0, exit_loss_scale=0.0, rotation=1)
 
+    def with_absolute_paths(self) -> Recipe:
+        return self  # It names no file.
+
     def check_depth(self, num_layers: int) -> None:
         """Refuse a recipe that does not fit a model of ``num_layers`` layers.
 

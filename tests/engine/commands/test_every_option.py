@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import EMBEDDED
+from checkpoints import EMBEDDED, chatting
 from safetensors.torch import save_file
+from unit.example_model.tiny import write_original
 
 from vllm_layerskip.commands.main import build_parser
 
@@ -205,18 +206,41 @@ RUNS: dict[str, dict[str, Run]] = {
             marks=(pytest.mark.slow,),
         ),
     },
+    "example-model": {
+        "from a folder": Run(
+            "FOLDER --from original --overwrite",
+            lambda folder, printed: (
+                layerskip_block(folder / "FOLDER")["draft_quantization"] == "int4"
+                and "vllm serve FOLDER" in printed
+            ),
+        ),
+    },
+    "self-chats": {
+        "all": Run(
+            "--model chatting --num-chats 3 --output chats.jsonl --exclude prompts.txt "
+            "--temperature 1.0 --top-p 0.99 --max-question-tokens 40 --max-answer-tokens 20 "
+            "--answer-temperature 0.5 --system # --seed 7 --keep-unfinished --overwrite "
+            "--max-num-seqs 4 --tensor-parallel-size 1 --dtype float32 --max-model-len 256 "
+            "--device cpu --engine-args ENGINE_ARGS",
+            lambda folder, printed: (
+                (folder / "chats.jsonl").read_text().count("\n") == 3
+                and "3 chats" in printed
+                and "tokens/s" in printed
+            ),
+        ),
+    },
 }  # fmt: skip
 
 
 def options(command: str) -> set[str]:
-    """All options of a command, but for its help."""
+    """All options of a command, but for its help; what has no dashes by its name in the usage."""
     (commands,) = (
         action
         for action in build_parser()._actions
         if isinstance(action, argparse._SubParsersAction)
     )
     actions: Sequence[argparse.Action] = commands.choices[command]._actions
-    return {action.option_strings[-1] for action in actions} - {"--help"}
+    return {[action.metavar, *action.option_strings][-1] for action in actions} - {"--help"}
 
 
 def test_no_command_is_left_out():
@@ -249,7 +273,10 @@ def test_a_legitimate_command_line_does_its_work(command, name, tmp_path):
     (tmp_path / "prompts.txt").write_text("def main():\nimport sys\n")
     (tmp_path / "ids.json").write_text(json.dumps([*range(300)]))
     write_adapter(tmp_path / "adapter")
+    chatting(tmp_path / "chatting")
     (tmp_path / "train.yaml").write_text(TRAINING.replace("CHECKPOINT", CHECKPOINT))
+    if command == "example-model":
+        write_original(tmp_path / "original")
     run = RUNS[command][name]
     for argv in run.argv(command):
         process = subprocess.run(

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.prompts.records import load
+
 ROOT = Path(__file__).parents[3]
 CPU = ("--dtype", "float32", "--device", "cpu", "--enforce-eager")
 
@@ -32,7 +34,7 @@ def run(checkpoint: Path, questions: Path, output: Path, *options: object) -> di
         *CPU, *options,
     )  # fmt: skip
     by_mode: dict[str, list] = {}
-    for record in json.loads(output.read_text())["records"]:
+    for record in load(output):
         by_mode.setdefault(record["mode"], []).append(record)
     return by_mode
 
@@ -50,8 +52,11 @@ def outputs(record):
 
 def assert_drafted_and_exact(record, plain):
     assert outputs(record) == outputs(plain)
+    assert record["num_draft_tokens"] > 0
+    assert sum(record["num_accepted_at"]) == sum(
+        answer["num_accepted_tokens"] for answer in record["answers"]
+    )
     for answer in record["answers"]:
-        assert answer["num_draft_tokens"] > 0
         assert answer["same_in_every_run"]
         # A step yields its accepted drafts and one token more; the last one's surplus is cut.
         num_tokens = 1 + answer["num_steps"] + answer["num_accepted_tokens"]
@@ -70,9 +75,7 @@ def test_two_turns_and_functions_one_at_a_time(checkpoint, functions, tmp_path):
     keys = [answer["key"] for answer in ours["answers"]]
     assert keys[-2:] == ["7#0", "7#1"]
     assert len(keys) == 6
-    first, second = ours["answers"][-2:]
-    # The second prompt has the first one and its answer before it.
-    assert second["num_prompt_tokens"] > first["num_prompt_tokens"] + first["num_tokens"]
+    assert ours["num_prompt_tokens"] == plain["num_prompt_tokens"]
     assert ours["questions"]["too_long"] == {"long": 1}
     assert_drafted_and_exact(ours, plain)
     by_category: dict[str, list] = {}
@@ -81,8 +84,10 @@ def test_two_turns_and_functions_one_at_a_time(checkpoint, functions, tmp_path):
     accepted = {c: sum(a["num_accepted_tokens"] for a in of) for c, of in by_category.items()}
     assert len(accepted) == 5
     assert min(accepted.values()) > 0
+    assert plain["num_draft_tokens"] == 0
+    assert plain["num_accepted_at"] == []
     for answer in plain["answers"]:
-        assert answer["num_draft_tokens"] == answer["num_accepted_tokens"] == 0
+        assert answer["num_accepted_tokens"] == 0
         assert answer["num_steps"] == answer["num_tokens"] - 1
         assert all(
             t < total for t, total in zip(answer["tpot_ms"], answer["total_ms"], strict=True)
@@ -112,6 +117,22 @@ def test_every_mode_four_at_once(checkpoint, functions, tmp_path):
     for record in records["ngram"]:
         assert outputs(record) == outputs(plain)
         assert sum(answer["num_accepted_tokens"] for answer in record["answers"]) > 0
+
+
+@pytest.mark.slow
+def test_drafts_as_data(checkpoint, functions, tmp_path):
+    every = {"exit_layer": "all", "num_speculative_tokens": 4, "draft_quantization": "int4"}
+    early = {"exit_layer": 3, "num_speculative_tokens": 4}
+    named = (f"{name}={json.dumps(config)}" for name, config in (("all", every), ("3", early)))
+    options = ("--max-tokens", 16, "--repeats", 1, "--modes", "plain", "layerskip", "draft-model")
+    records = run(checkpoint, functions, tmp_path / "o.json", *options, "--drafts", *named)
+    (plain,), (all_layers, first), (model,) = (
+        records[mode] for mode in ("plain", "layerskip", "draft-model")
+    )
+    for record in (all_layers, first, model):
+        assert_drafted_and_exact(record, plain)
+    assert all_layers["drafts"]["config"]["exit_layer"] == "all"
+    assert first["num_accepted_at"] == model["num_accepted_at"]
 
 
 @pytest.mark.slow

@@ -75,3 +75,73 @@ def serve_record(concurrency: int = 4) -> results.Record:
         del record[name]
     result = dict.fromkeys(names, 1.5) | {"completed": 26}
     return record | {"kind": "serve", "concurrency": concurrency, "result": result}
+
+
+def prompts_answer(key, tokens, steps, accepted, *, total_ms, tpot_ms, output="same", category="c"):
+    """An answer as benchmarks.prompts.records has it in memory."""
+    return {
+        "key": key, "question": key.rpartition("#")[0], "category": category,
+        "num_tokens": tokens, "num_steps": steps, "num_accepted_tokens": accepted,
+        "output": f"{output:<6.6}", "same_in_every_run": True,
+        "tpot_ms": tpot_ms, "total_ms": total_ms,
+    }  # fmt: skip
+
+
+def prompts_record(mode, *answers, temperature=0.0, e=3, k=5):
+    """A record of benchmarks.prompts.real_prompts, one request at a time."""
+    if mode == "plain":
+        answers = [a | {"num_accepted_tokens": 0} for a in answers]
+    return {
+        "mode": mode,
+        "answers": list(answers),
+        "settings": {"exit_layer": e, "num_speculative_tokens": k, "draft_vocab": None,
+                     "batch_size": 1},
+        "sampling": {"temperature": temperature},
+    }  # fmt: skip
+
+
+def real_model_records(dtype="bfloat16", temperature=0.0, batch_size=1, equal=True, repeats=2):
+    """Plain decoding, two drafts and a draft model, as a whole file has them."""
+    categories = ("writing", "math")
+    return [
+        _real_model_record(mode, name, number, categories, dtype, temperature, equal)
+        | {"runs_tokens_per_s": [10.0 * number, 12.0 * number][:repeats]}
+        | {"settings": _real_model_settings(dtype, batch_size, repeats)}
+        for number, (mode, name) in enumerate(
+            (("plain", None), ("layerskip", "early"), ("layerskip", "int4"), ("draft-model", None)),
+            start=1,
+        )
+    ]  # fmt: skip
+
+
+def _real_model_settings(dtype, batch_size, repeats):
+    return {"model": "build/Small-1B-Instruct", "exit_layer": 8, "num_speculative_tokens": 4,
+            "draft_vocab": None, "dtype": dtype, "batch_size": batch_size,
+            "repeats": repeats}  # fmt: skip
+
+
+def _real_model_record(mode, name, number, categories, dtype, temperature, equal):
+    is_plain = mode == "plain"
+    answers = [
+        prompts_answer(
+            f"{i}#0", 41, 40 // number, 40 - 40 // number, category=category,
+            total_ms=[900.0 / number, 990.0 / number], tpot_ms=[20.0 / number, 22.0 / number],
+            output="same" if equal or is_plain or i % 2 else "other",
+        )
+        for i, category in enumerate(categories * 2)
+    ]  # fmt: skip
+    config = {"exit_layer": 8, "num_speculative_tokens": 4, "draft_vocab": "none"}
+    return prompts_record(mode, *answers, temperature=temperature) | {
+        "drafts": None if name is None else {"name": name, "config": config},
+        "sampling": {"temperature": temperature, "ignore_eos": False, "max_tokens": 64,
+                     "max_prompt_tokens": 900},
+        "num_accepted_at": [] if is_plain else [60, 30],
+        "questions": {"file": "question.jsonl", "sha256": "ab" * 32, "num_questions": 4, "of": 480,
+                      "too_long": {}},
+        "later_turns_left_out": {},
+        "provenance": {
+            "command": f"python -m benchmarks.prompts.real_prompts --dtype {dtype}",
+            "commit": {"id": "abc", "dirty": False}, "versions": {"vllm": "0.32.0"}, "gpu": None,
+            "cpu": {"model": "cpu", "count": 2},
+        },
+    }  # fmt: skip

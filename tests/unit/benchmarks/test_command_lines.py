@@ -50,6 +50,7 @@ def test_help_is_the_modules_docstring(program, monkeypatch, capsys):
         ("serve.bench", "--tiny --questions {none}", "there is no such file"),
         ("serve.bench", "--tiny --questions {other}", "other.json: this is no question"),
         ("prompts.held_out_functions", "many", "'many' must be an integer of at least 1"),
+        ("prompts.word_problems", "0", "'0' must be an integer of at least 1"),
         ("pages.report", "{none}", "there is no such file"),
         ("pages.plots", "{other}", "is no result file"),
         ("pages.check_tuning", "{none} {none}", "Give a results folder of tune"),

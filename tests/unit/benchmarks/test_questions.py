@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import gzip
+import io
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
+from itertools import islice
 
 import pytest
 
@@ -18,7 +22,7 @@ from benchmarks.engines.questions import (
     read_questions,
     require_different_ids,
 )
-from benchmarks.prompts import held_out_functions
+from benchmarks.prompts import held_out_functions, word_problems
 from vllm_layerskip.errors import UserError
 
 from .records import GSM8K, HUMAN_EVAL, SPEC_BENCH, write_lines
@@ -38,6 +42,16 @@ class TestReaders:
     )
     def test_each_format(self, tmp_path, record, expected, name):
         assert read_questions(write_lines(tmp_path / name, record)) == [expected]
+
+    def test_a_chat_model_is_asked_to_complete_a_function(self, tmp_path):
+        method = {"task_id": "shelf/get-7", "prompt": '    def get(self):\n        """Get."""\n'}
+        path = write_lines(tmp_path / "q.jsonl", method, SPEC_BENCH, GSM8K, {"prompt": "x = 1"})
+        first, *others = read_questions(path, chat=True)
+        assert first.turns == (
+            'Complete this Python function.\n\n```python\ndef get(self):\n    """Get."""\n```',
+        )
+        assert (first.id, first.category) == ("shelf/get-7", "shelf")
+        assert others == read_questions(path)[1:]
 
     def test_lines_of_gsm8k_have_ids_of_their_own(self, tmp_path):
         path = write_lines(tmp_path / "q.jsonl", GSM8K, GSM8K)
@@ -164,3 +178,53 @@ class Shelf:
             )
             (definition,) = ast.parse(source).body[0].body
             assert definition.name == function["entry_point"]
+
+
+class TestWordProblems:
+    MADE = tuple(islice(word_problems.problems(0), 280))
+
+    def test_there_are_templates_of_two_to_four_steps(self):
+        assert len(word_problems.TEMPLATES) >= 12
+        assert {len(problem.steps) for problem in self.MADE} == {2, 3, 4}
+
+    @pytest.mark.parametrize("problem", MADE[:140], ids=range(140))
+    def test_every_number_of_a_step_is_asked_for_or_made_before(self, problem):
+        known = {int(number) for number in re.findall(r"\d+", problem.question)}
+        # Three throws have an average.
+        known |= {3} if "average" in problem.question else set()
+        for left, operator, right in problem.steps:
+            assert {left, right} <= known, problem
+            known.add(word_problems.result_of((left, operator, right)))
+        assert word_problems.result_of(problem.steps[-1]) > 0
+
+    def test_the_answer_has_the_steps_and_the_result(self):
+        for problem in self.MADE:
+            *steps, last = word_problems.record(problem)["answer"].splitlines()
+            for step in steps:
+                left, right = step.split(" = ")
+                assert eval(left) == int(right)
+            assert last == f"#### {steps[-1].split(' = ')[1]}"
+
+    def test_problems_differ(self):
+        assert len({problem.question for problem in self.MADE}) > 270
+
+    def test_a_division_with_a_remainder_is_refused(self):
+        with pytest.raises(ValueError, match="7 / 2 has no whole result"):
+            word_problems.result_of((7, "/", 2))
+
+    def test_the_same_arguments_make_the_same_file_and_it_is_read(self, tmp_path, monkeypatch):
+        def made(*arguments):
+            text = io.StringIO()
+            monkeypatch.setattr(sys, "argv", ["word_problems", *arguments])
+            with contextlib.redirect_stdout(text):
+                word_problems.main()
+            return text.getvalue()
+
+        assert made("30") == made("30", "--seed", "0")
+        assert made("60").startswith(made("30"))
+        assert made("30") != made("30", "--seed", "1")
+        path = tmp_path / "word-problems.jsonl"
+        path.write_text(made("30"))
+        questions = read_questions(path, chat=True)
+        assert [question.id for question in questions] == [str(n) for n in range(1, 31)]
+        assert {question.category for question in questions} == {"gsm8k"}

@@ -19,13 +19,15 @@ from benchmarks.prompts import real_prompts
 from benchmarks.prompts import summary as prompt_summary
 from benchmarks.prompts.chats import Chats
 from benchmarks.prompts.jobs import jobs, modes_with_pairs
-from benchmarks.prompts.measure import Turn
-from benchmarks.prompts.records import load
-from benchmarks.prompts.tables import category_table, left_out, table
+from benchmarks.prompts.measure import Turn, accepted_by_position
+from benchmarks.prompts.records import load, save
+from benchmarks.prompts.tables import category_table, left_out, position_table, table
 from vllm_layerskip import embedded_checkpoint
 from vllm_layerskip.errors import UserError
 
 from .records import SPEC_BENCH, write_lines
+from .records import prompts_answer as answer
+from .records import prompts_record as record
 
 ROOT = Path(__file__).parents[3]
 EMBEDDED = embedded_checkpoint()
@@ -51,25 +53,6 @@ class TestChats:
         # The embedded template ends each message with a line's end.
         assert tokenizer.decode(ids, skip_special_tokens=True) == "a\nx\nb\n"
         assert ids.count(tokenizer.bos_token_id) == 1
-
-
-def answer(key, tokens, steps, accepted, *, total_ms, tpot_ms, output="same", category="c"):
-    return {
-        "key": key, "question": key.partition("#")[0], "category": category,
-        "num_tokens": tokens, "num_steps": steps, "num_draft_tokens": 5 * steps,
-        "num_accepted_tokens": accepted, "total_ms": total_ms, "tpot_ms": tpot_ms, "output": output,
-    }  # fmt: skip
-
-
-def record(mode, *answers, temperature=0.0, e=3, k=5):
-    if mode == "plain":
-        answers = [a | {"num_draft_tokens": 0, "num_accepted_tokens": 0} for a in answers]
-    return {
-        "mode": mode,
-        "answers": list(answers),
-        "settings": {"exit_layer": e, "num_speculative_tokens": k, "draft_vocab": None},
-        "sampling": {"temperature": temperature},
-    }
 
 
 class TestStatistics:
@@ -114,8 +97,9 @@ class TestStatistics:
         assert both.num_equal == both.num_answers == 3
 
     def test_a_step_without_a_draft_counts_as_one_token(self):
-        one = answer("q#0", 9, 6, 2, total_ms=[1], tpot_ms=[1]) | {"num_draft_tokens": 2}
-        (only,) = prompt_summary.summarize(record("ngram", one), self.PLAIN)
+        one = answer("q#0", 9, 6, 2, total_ms=[1], tpot_ms=[1])
+        plain = record("plain", answer("q#0", 9, 8, 0, total_ms=[1], tpot_ms=[1]))
+        (only,) = prompt_summary.summarize(record("ngram", one), plain)
         assert only.acceptance_length == pytest.approx(1 + 2 / 6)
 
     def test_turns_that_only_one_mode_could_ask_are_left_out_and_are_a_difference(self):
@@ -151,10 +135,56 @@ class TestStatistics:
             "all",
             "all",
         ]
-        assert "| layerskip, E = 3, K = 5 | 2.93 | 160.0 | 2.00 | 2.18 | 2 of 2 |" in rows[1]
+        # Decoding of 9 and 29 tokens: 45 and 174 ms, in one run 450 and 174.
+        assert (
+            "| layerskip, E = 3, K = 5 | 2.93 | 173.5 (60.9 to 173.5) | 2.17 (0.75 to 5.42) | 2.00 "
+            "| 2 of 2 |" in rows[1]
+        )
+        assert "| plain |  | 79.8 (32.0 to 81.4) |  |  | 2 of 2 |" in rows[0]
         records = [self.PLAIN, self.OURS]
         assert "| c | 1 | 2 | 2.93 | 2.00 |" in category_table(records, speedups=True)
         assert "| c | 1 | 2 | 2.93 |\n" in category_table(records, speedups=False)
+
+    def test_speeds_of_decoding_have_a_range_over_the_runs(self):
+        c, *_ = prompt_summary.summarize(self.OURS, self.PLAIN)
+        tokens, plain_ms = 9 + 29, (9 * 10 + 29 * 13, 9 * 90 + 29 * 13, 9 * 11 + 29 * 13)
+        assert c.speeds.plain == pytest.approx([1e3 * tokens / ms for ms in plain_ms])
+        ours_ms = (9 * 5 + 29 * 6, 9 * 5 + 29 * 6, 9 * 50 + 29 * 6)
+        assert c.speeds.ours == pytest.approx([1e3 * tokens / ms for ms in ours_ms])
+        assert c.speeds.speedup == pytest.approx(plain_ms[2] / ours_ms[0])
+        low, high = c.speeds.speedup_range
+        assert low == pytest.approx(plain_ms[0] / ours_ms[2])
+        assert high == pytest.approx(plain_ms[1] / ours_ms[0])
+
+    def test_requests_at_once_have_the_speed_of_the_whole_alone(self):
+        ours, plain = (
+            one | {"settings": one["settings"] | {"batch_size": 4}, "runs_tokens_per_s": speeds}
+            for one, speeds in ((self.OURS, [30.0, 20.0]), (self.PLAIN, [10.0, 10.0]))
+        )
+        c, d, both = prompt_summary.summarize(ours, plain)
+        assert c.speeds is d.speeds is None
+        assert both.speeds.speedup == 2.5
+        assert both.speeds.speedup_range == (2.0, 3.0)
+        text = table([plain, ours])
+        assert "| c | 1 | 2 | 20 | layerskip, E = 3, K = 5 | 2.93 |  |  | 2.00 | 2 of 2 |" in text
+        assert "| 25.0 (20.0 to 30.0) | 2.50 (2.00 to 3.00) |" in text
+
+    def test_a_table_of_sampled_answers_has_acceptance_and_speed_only(self):
+        plain, ours = (one | {"sampling": {"temperature": 0.7}} for one in (self.PLAIN, self.OURS))
+        assert "equal" not in table([plain, ours])
+        assert "| 2.00 |" in table([plain, ours])
+
+    def test_acceptance_by_position_adds_up_to_the_length(self):
+        counts = accepted_by_position([[3, 1, 0, 2], [0, 4, 1, 0]])
+        assert counts == [8, 3, 2]
+        assert accepted_by_position([[], []]) == []
+        ours = self.OURS | {"num_accepted_at": [20, 12, 5]}
+        shares = prompt_summary.acceptance_by_position(ours)
+        assert shares == pytest.approx([20 / 23, 12 / 23, 5 / 23])
+        (*_, both) = prompt_summary.summarize(ours, self.PLAIN)
+        assert 1 + sum(shares) == pytest.approx(both.acceptance_length)
+        text = position_table([self.PLAIN, ours])
+        assert text.splitlines()[2:] == ["| layerskip, E = 3, K = 5 | 0.87 | 0.52 | 0.22 |"]
 
     def test_spread(self):
         assert prompt_summary.runs_spread({"runs_tokens_per_s": [8.0, 10.0, 11.0]}) == 0.3
@@ -179,7 +209,7 @@ class TestRuns:
         long = {"question_id": 2, "category": "long", "turns": ["x = 1\n" * 400, "again"]}
         path = write_lines(tmp_path / "q.jsonl", SPEC_BENCH, long)
         argv = ["--model", str(EMBEDDED), "--questions", str(path), "--pairs", "3:5", "9:2"]
-        found = jobs(real_prompts.build_parser().parse_args([*argv, "--max-tokens", "40"]))
+        found, _ = jobs(real_prompts.build_parser().parse_args([*argv, "--max-tokens", "40"]))
         assert [job["mode"] for job in found] == ["plain", "layerskip", "layerskip"]
         for job in found:
             assert [question["id"] for question in job["questions"]] == ["81"]
@@ -202,6 +232,7 @@ class TestRuns:
                 job["mode"], answer("81#0", 9, 4, 4, total_ms=[1], tpot_ms=[1])
             ) | {
                 "settings": settings.identity() | {"batch_size": 1},
+                "drafts": job["drafts"],
                 "sampling": job["sampling"],
                 "questions": job["source"],
                 "later_turns_left_out": {},
@@ -224,6 +255,46 @@ class TestRuns:
             main("--pairs", "3:5")
         assert "exists. Add --resume" in capsys.readouterr().err
         assert len(measured) == len(load(output)) == 3
+
+    def test_resume_goes_on_with_the_drafts_that_failed(self, tmp_path, monkeypatch, capsys):
+        path, output = write_lines(tmp_path / "q.jsonl", SPEC_BENCH), tmp_path / "out.json"
+        broken, measured = {"b"}, []
+
+        def run_job(job, folder):
+            name = job["drafts"]["name"] if job["drafts"] else job["mode"]
+            if name in broken:
+                raise RuntimeError(f"{name} failed:\nits log")
+            measured.append(name)
+            settings = Settings(**job["settings"])
+            return record(
+                job["mode"], answer("81#0", 9, 4, 4, total_ms=[1], tpot_ms=[1])
+            ) | {
+                "settings": settings.identity() | {"batch_size": 1},
+                "drafts": job["drafts"],
+                "sampling": job["sampling"],
+                "questions": job["source"],
+                "later_turns_left_out": {},
+                "runs_tokens_per_s": [1.0],
+            }  # fmt: skip
+
+        def main(*options):
+            drafts = (
+                f'{name}={{"exit_layer": {e}, "num_speculative_tokens": 4}}'
+                for name, e in (("a", 2), ("b", 3), ("c", 4))
+            )
+            argv = ["real_prompts.py", "--model", str(EMBEDDED), "--questions", str(path)]
+            argv += ["--output", str(output), "--drafts", *drafts, *options]
+            monkeypatch.setattr(sys, "argv", argv)
+            return real_prompts.main()
+
+        monkeypatch.setattr(real_prompts, "run_job", run_job)
+        assert main() == 1
+        assert measured == ["plain", "a", "c"]
+        broken.clear()
+        assert main("--resume") == 0
+        assert measured == ["plain", "a", "c", "b"]
+        assert [r["drafts"] and r["drafts"]["name"] for r in load(output)] == [None, "a", "c", "b"]
+        assert "| layerskip, b |" in capsys.readouterr().out
 
     def test_the_modes_that_do_not_fail_are_kept(self, tmp_path, monkeypatch, capsys):
         path = write_lines(tmp_path / "q.jsonl", SPEC_BENCH)
@@ -249,6 +320,10 @@ class TestRuns:
             (["--max-tokens", "505"], "none has a first prompt of at most 1 tokens"),
             (["--questions", "none.jsonl"], "none.jsonl: .*no such file"),
             (["--model", "none"], "--model=none is no checkpoint folder"),
+            (["--temperature", "-1"], "--temperature -1.0 must be at least 0"),
+            (["--drafts", "x"], "'x' must be NAME=JSON"),
+            (["--drafts", "x={}", "--pairs", "3:5"], "--pairs cannot go with --drafts"),
+            (["--drafts", 'x={"exit_layer": 12}'], "--drafts x: speculative_config: exit_layer=12"),
         ],
     )  # fmt: skip
     def test_a_mistake_is_named_before_anything_starts(self, tmp_path, options, error):
@@ -274,6 +349,39 @@ class TestRuns:
         assert "458 tokens" in text
         empty = one | {"questions": {"too_long": {}}, "later_turns_left_out": {}}
         assert left_out([empty]) == "Nothing was left out."
+
+    def test_a_file_has_what_is_counted_and_stays_small(self, tmp_path):
+        """As large as all of Spec-Bench with a second turn for 80, plain and seven drafts."""
+        answers = [
+            answer(f"{number}#{turn}", 200 + number % 57, 60, 197, output=f"{number:06x}",
+                   total_ms=[12300], tpot_ms=[45.6], category=f"category {number // 40}")
+            for number in range(480) for turn in range(2 if number < 80 else 1)
+        ]  # fmt: skip
+        config = '{"exit_layer": "all", "num_speculative_tokens": 4, "draft_quantization": "int4"}'
+        facts = {"provenance": {"command": f"python -m x --drafts {config * 7}", "more": "x" * 600}}
+        records = [record("plain", *answers) | facts]
+        records += [record("layerskip", *answers, k=k) | facts for k in range(7)]
+        path = tmp_path / "folder" / "all.json"
+        save(path, records)
+        assert path.stat().st_size < 150_000
+        assert len(path.read_text().splitlines()) == 3 + len(records) + 1
+        assert load(path) == records
+
+    def test_answers_that_a_mode_lacks_and_that_changed_come_back(self, tmp_path):
+        times = {"total_ms": [9.5, None], "tpot_ms": [1, None]}
+        all_three = [
+            answer("json/encoder/a-1#0", 5, 4, 0, category="json/encoder", **times),
+            answer("q#0", 5, 4, 0, **times) | {"same_in_every_run": False},
+            answer("q#1", 1, 0, 0, **times),
+        ]
+        plain = record("plain", *all_three)
+        ours = record("layerskip", all_three[2])
+        save(tmp_path / "o.json", [ours, plain])
+        loaded, loaded_plain = load(tmp_path / "o.json")
+        assert loaded == ours
+        # The order of the first record that has a category.
+        by_key = {one["key"]: one for one in loaded_plain["answers"]}
+        assert by_key == {one["key"]: one for one in all_three}
 
     def test_another_kind_of_file_is_refused(self):
         with pytest.raises(UserError, match=r"1b\.json is no result file of real_prompts"):

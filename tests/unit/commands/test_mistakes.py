@@ -39,6 +39,13 @@ VALID = {
         "--output": "{new}",
         "--device": "cpu",
     },
+    "example-model": {"FOLDER": "{new}"},
+    "self-chats": {
+        "--model": "{chat}",
+        "--num-chats": "2",
+        "--output": "{new}.jsonl",
+        "--device": "cpu",
+    },
 }
 """A command line that is right but for the option under test."""
 
@@ -217,6 +224,57 @@ WRONG = {
         ("--ray-address", "nonsense"),
         ("--rows-per-task", "0"),
     ],
+    "example-model": [
+        ("FOLDER", "{text}"),
+        ("FOLDER", "{text}/below"),
+        ("FOLDER", "{model}"),
+        ("--from", NOTHING),
+        ("--from", NOTHING + ".whl"),
+        ("--from", "{empty}"),
+        ("--from", "{text}"),
+        ("--from", "{model}"),
+    ],
+    "self-chats": [
+        ("--model", NOTHING),
+        ("--model", "no/such-name"),
+        ("--model", "{empty}"),
+        ("--model", "{model}"),
+        ("--num-chats", "0"),
+        ("--num-chats", "some"),
+        ("--output", "{text}"),
+        ("--output", "{empty}"),
+        ("--output", "chats.parquet"),
+        ("--output", NOTHING),
+        ("--output", "/proc/nope/chats.jsonl"),
+        ("--exclude", NOTHING),
+        ("--exclude", "{binary}"),
+        ("--exclude", "{unfit}"),
+        ("--temperature", "0"),
+        ("--temperature", "nan"),
+        ("--temperature", "3"),
+        ("--top-p", "0"),
+        ("--top-p", "1.1"),
+        ("--max-question-tokens", "0"),
+        ("--max-answer-tokens", "0"),
+        ("--answer-temperature", "-1"),
+        ("--system", " "),
+        ("--seed", "-1"),
+        ("--seed", str(2**70)),
+        ("--max-num-seqs", "0"),
+        ("--tensor-parallel-size", "0"),
+        ("--tensor-parallel-size", "3"),
+        ("--dtype", "nonsense"),
+        ("--max-model-len", "1000000"),
+        ("--max-model-len", "-7"),
+        ("--device", "cuda"),
+        ("--device", "tpu"),
+        ("--engine-args", "max_num_seqs=1"),
+        ("--engine-args", '{"max_num_seq": 1}'),
+        ("--engine-args", '{"max_num_seqs": "many"}'),
+        ("--engine-args", '{"model": "other"}'),
+        ("--engine-args", '{"speculative_config": {}}'),
+        ("--engine-args", '{"tokenizer": "/nope/at/all"}'),
+    ],
 }
 """Wrong values of each option, and what else the command line then has (None: not that option)."""
 
@@ -245,6 +303,10 @@ def paths(tmp_path_factory):
     del config["layerskip"]
     Path(found["no_block"], "config.json").write_text(json.dumps(config))
 
+    found["chat"] = str(shutil.copytree(MODEL, folder / "chat"))
+    turns = "{% for m in messages %}{{ bos_token + m['content'] + eos_token }}{% endfor %}"
+    Path(found["chat"], "chat_template.jinja").write_text(turns)
+
     # Heads that do not divide the hidden size.
     found["heads"] = str(shutil.copytree(MODEL, folder / "heads"))
     Path(found["heads"], "config.json").write_text(json.dumps(config | {"num_attention_heads": 7}))
@@ -256,6 +318,7 @@ def paths(tmp_path_factory):
 
     write("text.txt", "import os\nfor i in range(8):\n    print(os.getcwd(), i)\n" * 20)
     write("jsonl.jsonl", json.dumps({"prompt": "import os"}) + "\n")
+    write("unfit.jsonl", '{"answer": 42}\n')
     write("binary.bin", bytes(range(256)))
     text = CONFIG
     found["trained"] = str(folder / "trained")
@@ -305,6 +368,8 @@ def command_line(command, changes, paths):
     for option, value in {**VALID[command], **changes}.items():
         if option == "--labels":
             argv += [option, *value.split()]
+        elif not option.startswith("-"):
+            argv.append(value)
         elif value is not None:
             argv.append(f"{option}={value}")
     for name, path in paths.items():
@@ -349,7 +414,8 @@ def options_with_a_value(command):
         if isinstance(action, argparse._SubParsersAction)
     )  # fmt: skip
     actions = subparsers.choices[command]._actions
-    return {action.option_strings[-1] for action in actions if action.nargs != 0}
+    valued = (action for action in actions if action.nargs != 0)
+    return {[action.metavar, *action.option_strings][-1] for action in valued}
 
 
 @pytest.mark.parametrize("command", [command.name for command in COMMANDS])

@@ -4,6 +4,7 @@ cannot read."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -24,6 +25,7 @@ from unit.training.training_runs import (
 from vllm_layerskip.errors import UserError
 from vllm_layerskip.training.config import TrainConfig
 from vllm_layerskip.training.drafts.loss import TargetPass, compare
+from vllm_layerskip.training.drafts.rows import HeadRows
 from vllm_layerskip.training.drafts.scores import summarize
 from vllm_layerskip.training.drafts.trainer import DraftTrainer
 from vllm_layerskip.training.rank import train_here
@@ -195,8 +197,10 @@ def test_the_comparison_is_the_formula_and_its_chunks_make_no_difference(base):
     drafts = torch.randn(20, 32, dtype=torch.float64, requires_grad=True)
     target = torch.randn(20, 32, dtype=torch.float64)
     positions = torch.tensor([1, 2, 5, 8, 13, 19])
-    kl, cross_entropy, matches = compare(model, drafts, target, positions, chunk_tokens=4)
-    (kl + cross_entropy).backward()
+    loss, kl, cross_entropy, matches = compare(
+        model, drafts, target, positions, "both", chunk_tokens=4
+    )
+    loss.backward()
     gradient, drafts.grad = drafts.grad, None
 
     own = model.lm_head(model.model.norm(drafts[positions])).log_softmax(-1)
@@ -382,3 +386,101 @@ def test_the_trainer_refuses_what_would_bypass_its_loss(run):
             args=trainer.args,
             recipe=type(trainer.recipe)(exit_layer=4),
         )
+
+
+def test_with_a_draft_vocabulary_both_are_compared_among_its_tokens(base):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    drafts = torch.randn(20, 32, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(20, 32, dtype=torch.float64)
+    listed, positions = list(range(0, model.config.vocab_size, 2)), torch.arange(20)
+    tokens = model.lm_head(target).argmax(-1)
+    head = model.lm_head
+    loss, kl, cross_entropy, matches = compare(
+        model, drafts, target, positions, "both", HeadRows(model, listed), tokens, chunk_tokens=6
+    )
+    loss.backward()
+    gradient, drafts.grad = drafts.grad, None
+    assert model.lm_head is head
+
+    own = model.lm_head(model.model.norm(drafts))[:, listed].log_softmax(-1)
+    taught = model.lm_head(target)[:, listed].log_softmax(-1)
+    even = tokens % 2 == 0
+    assert 0 < even.sum() < 20
+    expected_kl = (taught.exp() * (taught - own)).sum()
+    expected = -own[even, tokens[even] // 2].sum()
+    tolerance = {"rtol": 1e-4, "atol": 1e-5, "check_dtype": False}
+    torch.testing.assert_close(kl, expected_kl, **tolerance)
+    torch.testing.assert_close(cross_entropy, expected, **tolerance)
+    assert torch.equal(matches, own.argmax(-1) * 2 == tokens)
+    (expected_kl + expected).backward()
+    torch.testing.assert_close(gradient, drafts.grad, **tolerance)
+
+
+def test_a_draft_vocabulary_of_all_tokens_changes_nothing(make, tmp_path, base):
+    size = AutoConfig.from_pretrained(base).vocab_size
+    (tmp_path / "all.json").write_text(json.dumps(list(range(size))))
+    folder = train(make())
+    expected = weights_of(folder), record_of(folder)["scores"]
+    recipe = {"draft_vocab": str(tmp_path / "all.json")}
+    folder = train(make(recipe=recipe, output={"folder": str(tmp_path / "listed")}))
+    assert record_of(folder)["scores"] == expected[1]
+    for name, weight in weights_of(folder).items():
+        torch.testing.assert_close(weight, expected[0][name])
+
+
+def test_a_token_that_is_not_listed_is_no_match(make, tmp_path):
+    (tmp_path / "few.json").write_text("[3, 4]")
+    folder = train(make(recipe={"draft_vocab": str(tmp_path / "few.json")}))
+    scores = record_of(folder)["scores"]
+    assert scores["after"]["agreement"] < 0.5  # Any two tokens are a small part of the text.
+    assert record_of(folder)["recipe"]["draft_vocab"] == str(tmp_path / "few.json")
+
+
+def test_what_the_target_said_is_remembered(make, tmp_path, monkeypatch):
+    """The late layers see each sample once, and training is what it was."""
+    calls = [0] * 4
+
+    def count(trainer):
+        for index, layer in enumerate(trainer.causal_lm.model.layers):
+            layer.mlp.register_forward_hook(
+                lambda *_args, index=index: calls.__setitem__(index, calls[index] + 1)
+            )
+
+    monkeypatch.setattr("vllm_layerskip.training.drafts.run.score", lambda *_args: SCORES)
+    data, training = {"max_samples": 8}, {"max_steps": 8, "per_device_train_batch_size": 4}
+    folders = []
+    for remember in (False, True):
+        values = make(
+            recipe={"remember_target": remember},
+            training=training,
+            output={"folder": str(tmp_path / str(remember))},
+        )
+        train_data = dataclasses.replace(values.data.train, **data)
+        values = dataclasses.replace(
+            values, data=dataclasses.replace(values.data, train=train_data)
+        )
+        calls[:] = [0] * 4
+        folders.append(train_here(values, prepare=count))
+        # 7 samples, since one is held out: two batches an epoch, which end one epoch unevenly.
+        late = 8 if not remember else 2
+        assert calls == [16, 16, late, late]
+    for name, weight in weights_of(folders[0]).items():
+        torch.testing.assert_close(weight, weights_of(folders[1])[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("[1, 99999999]", "99999999"),
+        ("weights", "token ids"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_wrong_draft_vocabulary_is_told_before_weights_load(make, tmp_path, content, told):
+    file = tmp_path / "vocab.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UserError, match=told) as error:
+        train(make(recipe={"draft_vocab": str(file)}))
+    assert str(error.value).startswith("recipe.draft_vocab=")

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig
 
+from vllm_layerskip.config.draft_vocab import read_draft_vocab
 from vllm_layerskip.errors import UserError
 from vllm_layerskip.training.drafts.recipe import DraftRecipe
 from vllm_layerskip.training.model import add_lora, build_empty
@@ -32,7 +34,28 @@ def check_draft_model(
                 "cannot be shown the K/V of the model itself. Use a dense decoder such as "
                 "LlamaForCausalLM or Qwen3ForCausalLM."
             )
+    head = model.get_output_embeddings()
+    if read_tokens(recipe, config.vocab_size) and not isinstance(head, nn.Linear):
+        raise UserError(
+            f"recipe.draft_vocab={recipe.draft_vocab!r}: the LM head of {type(model).__name__} is "
+            f"a {type(head).__name__}, of which no rows can be picked. Leave draft_vocab out."
+        )
     add_draft_lora(model, recipe, lora)
+
+
+def read_tokens(recipe: DraftRecipe, vocab_size: int) -> tuple[int, ...] | None:
+    """The tokens that drafts may be, ascending; None: all.
+
+    Raises:
+        UserError: the file cannot be read, or is no draft vocabulary of this model.
+    """
+    if recipe.draft_vocab is None:
+        return None
+    source = f"recipe.draft_vocab={recipe.draft_vocab!r}"
+    try:
+        return read_draft_vocab(Path(recipe.draft_vocab), source, vocab_size).token_ids
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def add_draft_lora(

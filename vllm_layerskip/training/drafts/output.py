@@ -51,6 +51,7 @@ def record(
             "distill": recipe.distill,
             "num_speculative_tokens": recipe.num_speculative_tokens,
             "final_norm": recipe.final_norm,
+            "draft_vocab": recipe.draft_vocab,
         },
         "scores": dict(scores),
         "version": __version__,

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 Distill = Literal["kl", "argmax", "both"]
@@ -27,6 +28,12 @@ class DraftRecipe:
     """K: the longest run of drafts that adapters are trained and scored for."""
     final_norm: bool = False
     """Also train a final norm of the drafts' own."""
+    draft_vocab: str | None = None
+    """File of the token ids that drafts may be, as for serving; drafts and the last layer are
+    compared among these only. None: all."""
+    remember_target: bool = False
+    """Keep the last layer's states of each sample in memory (2 H bytes a token in bfloat16), so
+    that from the second epoch on the target runs layers 0..E-1 alone."""
 
     def __post_init__(self) -> None:
         if self.exit_layer < 1:
@@ -35,6 +42,11 @@ class DraftRecipe:
             raise ValueError(
                 f"num_speculative_tokens={self.num_speculative_tokens} (K) must be at least 1."
             )
+
+    def with_absolute_paths(self) -> DraftRecipe:
+        if self.draft_vocab is None:
+            return self
+        return replace(self, draft_vocab=str(Path(self.draft_vocab).absolute()))
 
     def check_depth(self, num_layers: int) -> None:
         """Refuse an E that does not fit a model of ``num_layers`` layers.

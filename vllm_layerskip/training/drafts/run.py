@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from vllm_layerskip.training.config import TrainConfig
-from vllm_layerskip.training.drafts.lora import add_draft_lora
+from vllm_layerskip.training.drafts.lora import add_draft_lora, read_tokens
 from vllm_layerskip.training.drafts.output import base_digest, record, write_adapter
 from vllm_layerskip.training.drafts.recipe import DraftRecipe
 from vllm_layerskip.training.drafts.scores import score
@@ -29,7 +29,8 @@ def make_draft_trainer(
     """
     digest = base_digest(config.model)
     adapted = add_draft_lora(model, recipe, config.lora)
-    trainer = DraftTrainer(model=adapted, recipe=recipe, **arguments)
+    token_ids = read_tokens(recipe, model.config.vocab_size)
+    trainer = DraftTrainer(model=adapted, recipe=recipe, draft_vocab=token_ids, **arguments)
     trainer.base_digest = digest
     return trainer
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from torch import nn
 
 from vllm_layerskip.training.atomic_saves import AtomicSaves
 from vllm_layerskip.training.drafts.loss import DraftLoss, DraftMeter, TargetPass
+from vllm_layerskip.training.drafts.memory import TargetMemory
 from vllm_layerskip.training.drafts.recipe import DraftRecipe
+from vllm_layerskip.training.drafts.rows import HeadRows
 from vllm_layerskip.training.trainer import check_arguments
 
 
@@ -28,8 +30,17 @@ class DraftTrainer(AtomicSaves):
     base_digest: str | None = None
     """Of the frozen model's checkpoint, for the adapter's record."""
 
-    def __init__(self, *args: Any, recipe: DraftRecipe, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        recipe: DraftRecipe,
+        draft_vocab: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Takes what ``Trainer`` takes.
+
+        Args:
+            draft_vocab: the ids of ``recipe.draft_vocab``, ascending.
 
         Raises:
             ValueError: the recipe does not fit the model, or an argument would bypass its loss.
@@ -37,8 +48,13 @@ class DraftTrainer(AtomicSaves):
         super().__init__(*args, **kwargs)
         check_arguments(self.args)
         self.recipe = recipe
-        self.target = TargetPass(self.model, recipe.exit_layer)
-        self.causal_lm = self.target.causal_lm
+        self.causal_lm: nn.Module = self.model.get_base_model()  # type: ignore[operator,union-attr]
+        self.target = TargetPass(
+            self.model,
+            recipe.exit_layer,
+            None if draft_vocab is None else HeadRows(self.causal_lm, draft_vocab),
+            TargetMemory() if recipe.remember_target else None,
+        )
         self.num_layers = len(self.causal_lm.model.layers)  # type: ignore[arg-type,union-attr]
         recipe.check_depth(self.num_layers)
         self._train_meter = DraftMeter(self.args.device)
