@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.engines.command_line import make_parser, mistakes_reported
+from benchmarks.gpu import carry_model
 from benchmarks.gpu.checkout import entry_points_folder
 from benchmarks.gpu.session import Outcome, Part, Session
 from benchmarks.gpu.steps import STEPS, PartMaker
@@ -50,6 +51,8 @@ def prepare_environment(results: Path, tiny: bool) -> None:
     if tiny:
         os.environ["TRITON_INTERPRET"] = "1"
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    if (site := carry_model.default_folder() / carry_model.SITE).is_dir() and not tiny:
+        paths.insert(0, str(site))
     try:
         importlib.metadata.distribution("vllm-layerskip")
     except importlib.metadata.PackageNotFoundError:
@@ -110,7 +113,9 @@ def run(args: argparse.Namespace, results: Path) -> int:
         UserError: a step cannot run here.
     """
     questions, delivery = os.environ.get("QUESTIONS"), os.environ.get("OUT")
-    make = PartMaker(results, args.tiny, questions and str(Path(questions).absolute()))
+    arrived = carry_model.default_folder()
+    carried = arrived if (arrived / carry_model.WHEEL_NAME).exists() else None
+    make = PartMaker(results, args.tiny, questions and str(Path(questions).absolute()), carried)
     session = Session(results, Path(delivery).absolute() if delivery else None, summary)
     parts = parts_of(args.steps, make)
     os.chdir(ROOT)

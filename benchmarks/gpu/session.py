@@ -37,6 +37,8 @@ from vllm_layerskip.files.whole import write_json
 from vllm_layerskip.measuring.processes import exit_on_sigterm, logged_process
 from vllm_layerskip.measuring.provenance import code_digest, provenance
 
+ARCHIVES = "*.tar.gz"
+"""What parts pack to be brought back whole, beside their result files; one has room."""
 POLL_S = 0.5
 PATIENCE_S = 5.0
 """How long a part that must end may clean up."""
@@ -143,7 +145,7 @@ class Session:
                 return
             older = self.results / OLDER / str(known)
             older.mkdir(parents=True, exist_ok=True)
-            for path in [*self._result_files(), state]:
+            for path in [*self._result_files(), *self.results.glob(ARCHIVES), state]:
                 os.replace(path, older / path.name)
 
     def _result_files(self) -> list[Path]:
@@ -234,6 +236,8 @@ class Session:
             if self.delivery is None:
                 return
             self._deliver_results()
+            for path in self.results.glob(ARCHIVES):
+                shutil.copy(path, self.delivery / path.name)
             (self.delivery / "summary.md").write_text(self.summarise(), encoding="utf-8")
             with tarfile.open(self.delivery / "logs.tar.gz", "w:gz") as archive:
                 for path in [*sorted(self.results.rglob("*.log")), *self._result_files()]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.gpu.carry_model import QUESTIONS_NAME, WHEEL_NAME
 from benchmarks.gpu.session import LOGS, Part
 from vllm_layerskip.errors import UserError
 
@@ -34,7 +35,9 @@ class PartMaker:
     tiny: bool
     """A rehearsal on a CPU."""
     questions: str | None
-    """Spec-Bench's file, for ``serve``."""
+    """Spec-Bench's file, for ``serve`` and the real model."""
+    carried: Path | None = None
+    """Where ``carry_model`` unpacked the real model; None: nothing has arrived."""
 
     def module(
         self, name: str, limit_s: float, module: str, *arguments: str, num_lines: int = 6
@@ -85,8 +88,8 @@ def first(make: PartMaker) -> list[Part]:
         # The first engines of a cold machine: bytecode, kernels, nothing is cached yet.
         make.module("exact", 120, "gpu.check_graphs",
                     "--output", str(make.results / "exact.json")),
-        make.python("demo", 105, "examples/demo.py", *few,
-                    "--log", str(make.results / LOGS / "demo-engines.log"), num_lines=20),
+        make.python("demo", 105, "examples/demo.py", "--model", "embedded", *few,
+                    "--log", str(make.results / LOGS / "demo-engines.log"), num_lines=24),
         make.compare("7b", 105, "first-7b", seven, *graphs, "--modes", "plain", "layerskip"),
         make.compare("7b-peers", 90, "first-7b", seven, *graphs,
                      "--modes", "draft-model", "layerskip-no-reuse"),
@@ -188,6 +191,82 @@ def trained_peers(make: PartMaker) -> list[Part]:
     return [_trained_table(make, "trained-peers", 300, *modes)]
 
 
+SELF_CHATS_ENGINE = {
+    "compilation_config": {
+        "mode": 0,
+        "cudagraph_mode": "FULL_DECODE_ONLY",
+        "cudagraph_capture_sizes": [1, 4, 16, 64, 128, 256, 512, 768, 1024],
+    },
+    "kernel_config": {"enable_jit_warmup": False},
+    "gpu_memory_utilization": 0.7,
+}
+"""An engine that starts fast and answers a thousand requests at once."""
+
+
+def real_model(make: PartMaker) -> list[Part]:
+    """A draft adapter for SmolLM2-135M-Instruct: its own chats, training, acceptance."""
+    results, wheel = make.results, _carried(make) / WHEEL_NAME
+    folder, chats = results / REAL_MODEL, results / "real-chats.jsonl"
+    # More chats than there is time for: the time ends it.
+    size = (
+        ("--num-chats", "4", "--device", "cpu", "--max-num-seqs", "4", "--max-model-len", "512",
+         "--max-question-tokens", "96", "--max-answer-tokens", "48", "--temperature", "0.7",
+         "--engine-args", '{"kv_cache_memory_bytes": 67108864, "enforce_eager": true}')
+        if make.tiny
+        else ("--num-chats", "8000", "--max-num-seqs", "1024", "--max-model-len", "2048",
+              "--max-question-tokens", "256", "--max-answer-tokens", "384",
+              "--engine-args", json.dumps(SELF_CHATS_ENGINE))
+    )  # fmt: skip
+    few = ("--tiny", "--max-steps", "2") if make.tiny else ()
+    return [
+        make.python("convert", 75, "-m", "vllm_layerskip.commands.main", "example-model",
+                    str(folder), "--from", str(wheel)),
+        make.module("chats", 115, "gpu.self_chats", "--time-limit", "{seconds}",
+                    "--output", str(chats), "--", "--model", str(folder), *size,
+                    "--keep-unfinished", "--exclude", _questions(make)),
+        make.module("adapter", 195, "gpu.draft_adapter", "--model", str(folder),
+                    "--chats", str(chats), "--time-limit", "{seconds}", *few,
+                    "--output", str(results / ADAPTER),
+                    "--archive", str(results / f"{ADAPTER}.tar.gz"),
+                    "--facts", str(results / "real-adapter.json"), num_lines=10),
+        _acceptance(make, "accept", 135, "bfloat16"),
+        # Most of its time is what others leave; `real-model-f32` goes on with it.
+        _acceptance(make, "accept-f32", 40, "float32"),
+    ]  # fmt: skip
+
+
+def real_model_float32(make: PartMaker) -> list[Part]:
+    """The same acceptance in float32, where answers must be equal; needs ``real-model``."""
+    _carried(make)
+    return [_acceptance(make, "accept-f32", 200, "float32")]
+
+
+REAL_MODEL, ADAPTER = "SmolLM2-135M-Instruct", "adapter"
+"""Folders in the results."""
+
+
+def _acceptance(make: PartMaker, name: str, limit_s: float, dtype: str) -> Part:
+    return make.module(
+        name, limit_s, "gpu.acceptance", "--model", str(make.results / REAL_MODEL),
+        "--adapter", str(make.results / ADAPTER), "--questions", _questions(make),
+        "--dtype", dtype, *["--tiny"] * make.tiny,
+        "--output", str(make.results / f"real-{dtype}.json"), num_lines=16,
+    )  # fmt: skip
+
+
+def _carried(make: PartMaker) -> Path:
+    if make.carried is None:
+        raise UserError(
+            "real-model: the model has not arrived. Carry both parts and run python3 -m "
+            "benchmarks.gpu.carry_model --arrive .model with each (docs/gpu.md)."
+        )
+    return make.carried
+
+
+def _questions(make: PartMaker) -> str:
+    return make.questions or str(_carried(make) / QUESTIONS_NAME)
+
+
 def serve(make: PartMaker) -> list[Part]:
     """``vllm bench serve`` with Spec-Bench."""
     if not make.questions:
@@ -228,6 +307,8 @@ def thirteen_b(make: PartMaker) -> list[Part]:
 STEPS: dict[str, Callable[[PartMaker], list[Part]]] = {
     "first": first,
     "bf16": bfloat16,
+    "real-model": real_model,
+    "real-model-f32": real_model_float32,
     "twins": twins,
     "7b": seven_b,
     "k": best_k,
@@ -242,5 +323,6 @@ STEPS: dict[str, Callable[[PartMaker], list[Part]]] = {
 """Most valuable first; a lease has time for one or two."""
 
 FIRST_LIMIT_S = 540
+REAL_MODEL_LIMIT_S = 560
 STEP_LIMIT_S = 480
 """What all parts of a step may take together."""

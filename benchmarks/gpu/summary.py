@@ -16,7 +16,15 @@ from typing import Any
 from benchmarks.decode import summary as decode_summary
 from benchmarks.engines.markdown import markdown
 from benchmarks.engines.results import is_result_file, load_records
-from benchmarks.gpu.verdict import describe
+from benchmarks.gpu.verdict import ROUNDING, describe
+from benchmarks.prompts import records as prompt_records
+from benchmarks.prompts.summary import label, summarize
+from benchmarks.prompts.tables import (
+    equal_answers,
+    plain_record,
+    position_table,
+    two_digits,
+)
 from benchmarks.serve.summary import SERVE_HEADER, is_serve_record, serve_columns
 
 CHECKS = ("exact.json", "bf16.json", "twins-bf16.json")
@@ -33,6 +41,9 @@ def _parts(results: Path) -> Iterator[str]:
     bandwidth = _bandwidth(results / "gpu.json")
     for name in CHECKS:
         yield from _guarded(results / name, _check)
+    yield from _guarded(results / "real-adapter.json", _adapter)
+    for path in (results / f"real-{dtype}.json" for dtype in ROUNDING):
+        yield from _guarded(path, _acceptance)
     for path in sorted(results.glob("*.json")):
         yield from _guarded(path, _tables, bandwidth)
     yield from _guarded(results / "session.json", _outcomes)
@@ -67,6 +78,37 @@ def _bandwidth(path: Path) -> float | None:
 
 def _check(path: Path) -> Iterator[str]:
     yield describe(_read(path))
+
+
+def _adapter(path: Path) -> Iterator[str]:
+    facts = _read(path)
+    scores = facts["adapter"]["scores"]
+    before, after = scores["before"], scores["after"]
+    yield (
+        f"Draft adapter, E = {facts['adapter']['exit_layer']}: {facts['num_steps']} steps, "
+        f"{facts['num_trained_tokens'] / 1e6:.1f} M tokens of {facts['num_samples']} samples, "
+        f"{facts['seconds']:.0f} s. Predicted acceptance length at "
+        f"K = {scores['num_speculative_tokens']}: {before['acceptance_length']:.2f} without it, "
+        f"{after['acceptance_length']:.2f} with it; agreement {before['agreement']:.1%} and "
+        f"{after['agreement']:.1%}."
+    )
+
+
+def _acceptance(path: Path) -> Iterator[str]:
+    records = prompt_records.load(path)
+    plain = plain_record(records)
+    dtype = plain["settings"]["dtype"]
+    body = []
+    for record in records:
+        result = summarize(record, plain)[-1]
+        body.append([
+            label(record), str(result.num_answers), two_digits(result.acceptance_length),
+            equal_answers(result), f"{record['runs_tokens_per_s'][0]:.0f}",
+        ])  # fmt: skip
+    header = (f"{dtype}, all questions", "answers", "acceptance length", "equal to plain", "tok/s")
+    yield markdown(header, body)
+    if len(records) > 1:
+        yield position_table(records)
 
 
 def _outcomes(path: Path) -> Iterator[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from vllm_layerskip.errors import UserError
@@ -91,10 +92,19 @@ def make_twin(model: nn.Module, draft_quantization: str, adapter: DraftAdapter |
         if weight is not module.weight:
             # A new parameter: the LM head's may be the embedding's.
             module.weight = nn.Parameter(weight.to(module.weight.dtype), requires_grad=False)
-    norm = None if weights is None else weights.final_norm()
-    if norm is not None:
-        model.get_submodule(FINAL_NORM).weight.copy_(norm)
+    if weights is not None:
+        _set_exit(model.get_submodule(FINAL_NORM), weights)
     return whole
+
+
+def _set_exit(norm: Any, weights: AdapterWeights) -> None:
+    """Give the final norm the adapter's weight, and its translator behind it."""
+    own, translator = weights.final_norm(), weights.translator()
+    if own is not None:
+        norm.weight.copy_(own)
+    if translator is not None:
+        matrix = translator.to(norm.weight)
+        norm.register_forward_hook(lambda _norm, _args, output: F.linear(output, matrix))
 
 
 def _merged(

@@ -71,6 +71,10 @@ def train_here(
     prepare(trainer)
     if trainer.is_world_process_zero():
         print(_summary(config, trainer, len(train_data), checkpoint), flush=True)
+    if checkpoint is None and isinstance(trainer, DraftTrainer):
+        begun = trainer.begin()
+        if begun and trainer.is_world_process_zero():
+            print(begun, flush=True)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
     checked.write_checkpoint(trainer)

@@ -2,7 +2,8 @@
 """A draft adapter on disk: checked before weights load, and its weights for a merge.
 
 A draft adapter is a LoRA folder of peft for layers 0..E-1 and, if wanted, the final norm. It is
-merged into the draft twin only; the target stays what it is.
+merged into the draft twin only; the target stays what it is. Behind that norm it may have a linear
+map, the exit translator (training/drafts/translator.py).
 
 Shapes: N outputs, M inputs of a linear layer, H hidden.
 """
@@ -48,6 +49,7 @@ class DraftAdapter:
     scaling: Mapping[str, float]
     """The factor of ``B @ A``, by the module's full name in transformers."""
     has_final_norm: bool
+    has_translator: bool
     num_layers: int
     """The fewest layers that hold every adapted module."""
     base_model: str | None
@@ -95,6 +97,7 @@ def read_draft_adapter(
             digest=adapter_digest(path),
             scaling={module: config.scaling_of(module) for module in file.modules},
             has_final_norm=file.final_norm is not None,
+            has_translator=file.translator is not None,
             num_layers=1 + max(layer_of(module) or 0 for module in file.modules),
             base_model=record.base_model or config.base_model,
             exit_layer=record.exit_layer,
@@ -157,6 +160,15 @@ class AdapterWeights:
         name = self._names.final_norm
         return None if name is None else self._read(name)
 
+    def translator(self) -> torch.Tensor | None:
+        """A linear map behind the final norm, ``[H, H]`` float32: ``W`` of ``W x``; None: none.
+
+        Raises:
+            ValueError: a weight is not finite.
+        """
+        name = self._names.translator
+        return None if name is None else self._read(name)
+
     def _read(self, name: str) -> torch.Tensor:
         weight: torch.Tensor = self._file.get_tensor(name).float()
         if not weight.isfinite().all():
@@ -189,6 +201,8 @@ def _check_shapes(adapter: DraftAdapter, file: AdapterFile, target: Target) -> N
         target.check_linear(module, a, b, adapter.base_model)
     if file.final_norm is not None:
         target.check_final_norm(file.shapes[file.final_norm], adapter.base_model)
+    if file.translator is not None:
+        target.check_translator(file.shapes[file.translator], adapter.base_model)
 
 
 def _check_ranks(file: AdapterFile, config: LoraConfig) -> None:

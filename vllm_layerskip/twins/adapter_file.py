@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vllm_layerskip.twins.adapter_config import CONFIG_NAME
-from vllm_layerskip.twins.adapter_target import FINAL_NORM, Shape, layer_of
+from vllm_layerskip.twins.adapter_target import FINAL_NORM, TRANSLATOR, Shape, layer_of
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 
@@ -43,6 +43,8 @@ class AdapterFile:
     """By the module's full name in transformers."""
     final_norm: str | None
     """The name in the file of the final norm's weight; None: there is none."""
+    translator: str | None
+    """The name in the file of the exit translator's weight; None: there is none."""
 
 
 def read_adapter_file(file: Path) -> AdapterFile:
@@ -52,7 +54,7 @@ def read_adapter_file(file: Path) -> AdapterFile:
         ValueError: it cannot be read, or holds what a merge cannot use.
     """
     shapes = _read_shapes(file)
-    pairs, norm = _sort_names(shapes)
+    pairs, exits = _sort_names(shapes)
     for module, found in pairs.items():
         if len(found) < 2:
             raise ValueError(
@@ -64,7 +66,7 @@ def read_adapter_file(file: Path) -> AdapterFile:
             "model.layers."
         )
     modules = {name: Lora(found["lora_A"], found["lora_B"]) for name, found in pairs.items()}
-    return AdapterFile(shapes, modules, norm)
+    return AdapterFile(shapes, modules, exits.get(FINAL_NORM), exits.get(TRANSLATOR))
 
 
 def _read_shapes(file: Path) -> dict[str, Shape]:
@@ -91,25 +93,26 @@ def _read_shapes(file: Path) -> dict[str, Shape]:
     return shapes
 
 
-def _sort_names(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], str | None]:
-    """The names of A and B by module, and the name of the final norm."""
+def _sort_names(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """The names of A and B by module, and those of the final norm and the translator."""
     pairs: dict[str, dict[str, str]] = {}
-    norm = None
+    exits: dict[str, str] = {}
     for name in sorted(names):
         match = _KEY.fullmatch(name)
         module, part = (match["module"], match["part"]) if match else (name, "unknown")
         if part in ("lora_A", "lora_B") and layer_of(module) is not None:
             pairs.setdefault(module, {})[part] = name
-        elif part in (None, "modules_to_save") and module == FINAL_NORM:
-            norm = name
+        elif part in (None, "modules_to_save") and module in (FINAL_NORM, TRANSLATOR):
+            exits[module] = name
         else:
             raise ValueError(
                 f"{WEIGHTS_NAME} holds {name}, and a draft adapter holds plain LoRA weights of "
-                f"linear layers in model.layers, and at most the weight of {FINAL_NORM}. Train it "
+                f"linear layers in model.layers, and at most the weights of {FINAL_NORM} and of "
+                f"{TRANSLATOR}. Train it "
                 "with target_modules in model.layers, and with modules_to_save=None or "
                 f"[{FINAL_NORM!r}] (peft takes 'norm' for every norm)."
             )
-    return pairs, norm
+    return pairs, exits
 
 
 def adapter_digest(folder: Path) -> str:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 FINAL_NORM = "model.norm"
+TRANSLATOR = f"{FINAL_NORM}.translator"
+"""A linear map behind the final norm of drafts, which the target has not."""
 
 Shape = tuple[int, ...]
 
@@ -75,6 +77,19 @@ class Target:
             raise self._misfit(
                 f"its final norm has shape {list(shape)}, and the target's has "
                 f"[{self.hidden_size}]",
+                made_for,
+            )
+
+    def check_translator(self, shape: Shape, made_for: str | None) -> None:
+        """Check the weight of the exit translator, as ``check_linear`` does.
+
+        Raises:
+            ValueError: it has another shape.
+        """
+        if shape != (self.hidden_size, self.hidden_size):
+            raise self._misfit(
+                f"its exit translator has shape {list(shape)}, and the target's hidden size is "
+                f"{self.hidden_size}",
                 made_for,
             )
 

@@ -43,6 +43,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -210,21 +211,30 @@ class DraftTwin:
     def _exit_model(self) -> Any:
         """The model whose norm and head drafts end in."""
         norm = self._adapter and self._adapter.final_norm()
-        model = self._model if norm is None else self._with_norm(norm)
+        translator = self._adapter and self._adapter.translator()
+        has_exit = norm is not None or translator is not None
+        model = self._with_exit(norm, translator) if has_exit else self._model
         return model if self.head is None else with_head(model, self.head.module)
 
-    def _with_norm(self, norm: torch.Tensor) -> Any:
-        """The model with the adapter's final norm; everything else is shared."""
+    def _with_exit(self, norm: torch.Tensor | None, translator: torch.Tensor | None) -> Any:
+        """The model with the adapter's final norm and translator; everything else is shared."""
         backbone = copy.copy(self._model.model)
-        twin_norm = copy.copy(backbone.norm)
-        weight = nn.Parameter(torch.empty_like(backbone.norm.weight), requires_grad=False)
-        twin_norm._parameters = {**backbone.norm._parameters, "weight": weight}
-        self._norm_weights = weight, norm
-        weight.data.copy_(norm)
+        twin_norm = backbone.norm if norm is None else self._own_norm(backbone.norm, norm)
+        if translator is not None:
+            twin_norm = TranslatedNorm(twin_norm, translator.to(backbone.norm.weight))
         backbone._modules = {**backbone._modules, "norm": twin_norm}
         model = copy.copy(self._model)
         model._modules = {**model._modules, "model": backbone}
         return model
+
+    def _own_norm(self, target: nn.Module, norm: torch.Tensor) -> nn.Module:
+        """The target's final norm with the adapter's weight."""
+        twin_norm = copy.copy(target)
+        weight = nn.Parameter(torch.empty_like(target.weight), requires_grad=False)
+        twin_norm._parameters = {**target._parameters, "weight": weight}
+        self._norm_weights = weight, norm
+        weight.data.copy_(norm)
+        return twin_norm
 
     def after_load(self) -> None:
         """Make what hangs on no hook; call it once, when the target's weights are there."""
@@ -323,6 +333,30 @@ class DraftTwin:
                 linear.method.kernel_name,
                 target_s * 1e3,
             )
+
+
+class TranslatedNorm(nn.Module):
+    """A final norm and the linear map behind it; called as vLLM's norms are."""
+
+    def __init__(
+        self,
+        norm: nn.Module,
+        translator: torch.Tensor,  # [H, H]
+    ) -> None:
+        super().__init__()
+        self.norm = norm
+        self.translator = nn.Parameter(translator, requires_grad=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # [T, H]
+        residual: torch.Tensor | None = None,  # [T, H]
+    ) -> Any:
+        """``[T, H]``, with a residual also the residual stream ``[T, H]``, as the norm has it."""
+        if residual is None:
+            return F.linear(self.norm(hidden_states), self.translator)
+        normed, residual = self.norm(hidden_states, residual)
+        return F.linear(normed, self.translator), residual
 
 
 def _loaded_shards(

@@ -68,7 +68,7 @@ def test_the_first_session_brings_every_number(rehearsal):
     assert exact["num_reused"] > exact["num_full"]
 
     # The demo's table: equal tokens, a real acceptance length, every step reused.
-    assert "2 of 2 answers have exactly plain vLLM's tokens." in printed
+    assert "2 of 2 answers have exactly plain vLLM's tokens (float32)." in printed
     rows = re.findall(r"│ *yes │ *([0-9.]+) │[^│]*│ *([0-9]+) / ([0-9]+) │", printed)
     assert len(rows) == 2
     for acceptance_length, reused, steps in rows:

@@ -237,6 +237,18 @@ def test_no_more_files_are_delivered_than_come_back(start, folders):
         assert {f"{i}.json" for i in range(9)} <= set(archive.getnames())
 
 
+def test_an_archive_comes_back_whole(start, folders):
+    results, out = folders
+    code = f"open({str(results / 'adapter.tar.gz')!r}, 'w').write('an archive')"
+    start(f"python('pack', 20, {code!r})").communicate(timeout=60)
+    assert (out / "adapter.tar.gz").read_text() == "an archive"
+    state = json.loads((results / "session.json").read_text())
+    state["provenance"]["code"] = "other"
+    (results / "session.json").write_text(json.dumps(state))
+    start("python('next', 20, 'pass')").communicate(timeout=60)
+    assert not (results / "adapter.tar.gz").exists(), "of other code, as result files"
+
+
 def test_a_part_without_time_is_not_begun(start, folders):
     process = start("python('none', 1, 'print(1)')", "python('next', 20, 'print(2)')")
     process.communicate(timeout=60)
@@ -296,12 +308,14 @@ def parsed(path: Path, arguments: list[str], monkeypatch) -> argparse.Namespace:
 class TestSteps:
     @pytest.fixture(params=[False, True], ids=["gpu", "tiny"])
     def make(self, request, tmp_path):
-        return steps.PartMaker(tmp_path, request.param, questions="question.jsonl")
+        return steps.PartMaker(tmp_path, request.param, "question.jsonl", carried=tmp_path)
 
     @pytest.mark.parametrize("name", steps.STEPS)
     def test_a_step_fits_into_its_command(self, name, tmp_path):
-        make = steps.PartMaker(tmp_path, False, questions="question.jsonl")
-        limit_s = steps.FIRST_LIMIT_S if name == "first" else steps.STEP_LIMIT_S
+        make = steps.PartMaker(tmp_path, False, "question.jsonl", carried=tmp_path)
+        longer = {"first": steps.FIRST_LIMIT_S, "real-model": steps.REAL_MODEL_LIMIT_S}
+        limit_s = longer.get(name, steps.STEP_LIMIT_S)
+        assert limit_s < 570, "a command has ten minutes, and it unpacks first"
         parts = steps.STEPS[name](make)
         assert sum(part.limit_s for part in parts) <= limit_s
         assert len({part.name for part in parts}) == len(parts), "logs would be overwritten"
@@ -337,6 +351,7 @@ class TestSteps:
         demo = next(part for part in parts if part.name == "demo")
         log = Path(demo.command[demo.command.index("--log") + 1])
         assert log.parent == tmp_path / LOGS, "the engines' log comes back"
+        assert "embedded" in demo.command, "the machine has no network to fetch a model"
 
     def test_twins_begin_with_the_most_telling(self, tmp_path):
         table, check = steps.twins(steps.PartMaker(tmp_path, False, None))
@@ -355,7 +370,8 @@ class TestSteps:
     @pytest.mark.parametrize(
         ("arguments", "variables", "message"),
         [
-            (["nonsense"], {}, "no step is called nonsense. Steps: first bf16 twins 7b k 8b"),
+            (["nonsense"], {}, "no step is called nonsense. Steps: first bf16 real-model"),
+            (["real-model"], {"SEES_A_GPU": "1", "TMPDIR": "."}, "the model has not arrived. Carry"),
             (["serve"], {"SEES_A_GPU": "1", "QUESTIONS": ""}, "set the variable QUESTIONS"),
             (["first"], {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET is set"),
             (["first"], {}, "there is no NVIDIA GPU. Add --tiny"),

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from vllm_layerskip.config.draft_vocab import read_draft_vocab
 from vllm_layerskip.errors import UserError
 from vllm_layerskip.training.drafts.recipe import DraftRecipe
+from vllm_layerskip.training.drafts.translator import add_translator
 from vllm_layerskip.training.model import add_lora, build_empty
 
 DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32}
@@ -61,7 +62,7 @@ def read_tokens(recipe: DraftRecipe, vocab_size: int) -> tuple[int, ...] | None:
 def add_draft_lora(
     model: nn.Module, recipe: DraftRecipe, lora: Mapping[str, Any] | None
 ) -> nn.Module:
-    """Freeze the model and add adapters to layers 0..E-1, and a norm if the recipe asks for it.
+    """Freeze the model and add adapters to layers 0..E-1; a norm, translator, if the recipe does.
 
     Raises:
         UserError: a value is none of ``peft.LoraConfig``, or names no linear layer.
@@ -72,9 +73,12 @@ def add_draft_lora(
     settings["target_modules"] = names if given == "all-linear" else _checked(given, names)
     settings["layers_to_transform"] = list(range(recipe.exit_layer))
     settings["layers_pattern"] = "layers"
-    if recipe.final_norm:
+    if recipe.final_norm or recipe.exit_translator:
         settings["modules_to_save"] = ["model.norm"]  # peft takes the ends of names.
-    return add_lora(model, settings)
+    adapted = add_lora(model, settings)
+    if recipe.exit_translator:
+        add_translator(adapted)
+    return adapted
 
 
 def _linear_names(layers: nn.Module) -> list[str]:

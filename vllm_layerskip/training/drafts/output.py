@@ -51,6 +51,7 @@ def record(
             "distill": recipe.distill,
             "num_speculative_tokens": recipe.num_speculative_tokens,
             "final_norm": recipe.final_norm,
+            "exit_translator": recipe.exit_translator,
             "draft_vocab": recipe.draft_vocab,
         },
         "scores": dict(scores),
@@ -101,6 +102,8 @@ def card(folder: Path, model: PeftModel, content: Mapping[str, Any]) -> str:
     base, is_local = content["base_model"], Path(content["base_model"]).is_dir()
     base_line = "" if is_local else f"base_model: {base}\n"
     norm = "; a final norm of its own" if recipe["final_norm"] else ""
+    if recipe["exit_translator"]:
+        norm = "; a final norm of its own, and a linear map (translator) behind it"
     return f"""---
 {base_line}library_name: peft
 tags: [layerskip, self-speculative-decoding, draft-adapter]

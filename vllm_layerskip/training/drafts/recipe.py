@@ -28,6 +28,9 @@ class DraftRecipe:
     """K: the longest run of drafts that adapters are trained and scored for."""
     final_norm: bool = False
     """Also train a final norm of the drafts' own."""
+    exit_translator: bool = False
+    """Also train a linear map behind that norm, which begins as the least-squares map from exit
+    states to last states (training/drafts/translator.py). It has H x H weights."""
     draft_vocab: str | None = None
     """File of the token ids that drafts may be, as for serving; drafts and the last layer are
     compared among these only. None: all."""

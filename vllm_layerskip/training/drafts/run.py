@@ -49,9 +49,11 @@ def write_draft(config: TrainConfig, trainer: DraftTrainer) -> None:
 def describe(recipe: DraftRecipe) -> str:
     """For the line that a run starts with."""
     learnt = {"kl": "KL", "argmax": "argmax", "both": "KL and argmax"}[recipe.distill]
+    norm = " and a final norm" if recipe.final_norm or recipe.exit_translator else ""
+    translator = " with an exit translator" if recipe.exit_translator else ""
     return (
-        f"frozen, adapters on layers 0..{recipe.exit_layer - 1} learn the last layer's {learnt} "
-        f"for {recipe.num_speculative_tokens} drafts a step"
+        f"frozen, adapters on layers 0..{recipe.exit_layer - 1}{norm}{translator} learn the last "
+        f"layer's {learnt} for {recipe.num_speculative_tokens} drafts a step"
     )
 
 

@@ -17,6 +17,7 @@ from vllm_layerskip.training.drafts.loss import DraftLoss, DraftMeter, TargetPas
 from vllm_layerskip.training.drafts.memory import TargetMemory
 from vllm_layerskip.training.drafts.recipe import DraftRecipe
 from vllm_layerskip.training.drafts.rows import HeadRows
+from vllm_layerskip.training.drafts.translator import fit_translator
 from vllm_layerskip.training.trainer import check_arguments
 
 
@@ -87,6 +88,13 @@ class DraftTrainer(AtomicSaves):
         inputs = {**inputs, "use_cache": False, **self._without_logits}
         self.target.run(model, inputs)
         return inputs
+
+    def begin(self) -> str:
+        """Prepare a run that starts; returns what was done, in words."""
+        if not self.recipe.exit_translator:
+            return ""
+        num_tokens = fit_translator(self)
+        return f"The exit translator is fitted to {num_tokens} tokens."
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
