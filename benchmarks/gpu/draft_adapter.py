@@ -83,8 +83,11 @@ def in_time(deadline: float, kept: list[Any]) -> Callable[[Any], Any]:
                 control.should_training_stop = True
 
     def prepare(trainer: Any) -> Any:
-        trainer.create_optimizer()
-        trainer.lr_scheduler = LambdaLR(trainer.optimizer, Clock(deadline))
+        def create_scheduler(_num_steps: int = 0, optimizer: Any = None, **_kwargs: Any) -> Any:
+            trainer.lr_scheduler = LambdaLR(optimizer or trainer.optimizer, Clock(deadline))
+            return trainer.lr_scheduler
+
+        trainer.create_scheduler = create_scheduler
         trainer.add_callback(Deadline())
         kept.append(trainer)
         return trainer

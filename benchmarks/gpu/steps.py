@@ -218,14 +218,18 @@ def real_model(make: PartMaker) -> list[Part]:
               "--engine-args", json.dumps(SELF_CHATS_ENGINE))
     )  # fmt: skip
     few = ("--tiny", "--max-steps", "2") if make.tiny else ()
+    # Fixed, so that what earlier parts leave goes to acceptance.
+    chats_s, training_s = (
+        f"{seconds * (REHEARSAL_FACTOR if make.tiny else 1):.0f}" for seconds in (107, 187)
+    )
     return [
         make.python("convert", 75, "-m", "vllm_layerskip.commands.main", "example-model",
                     str(folder), "--from", str(wheel)),
-        make.module("chats", 115, "gpu.self_chats", "--time-limit", "{seconds}",
+        make.module("chats", 115, "gpu.self_chats", "--time-limit", chats_s,
                     "--output", str(chats), "--", "--model", str(folder), *size,
                     "--keep-unfinished", "--exclude", _questions(make)),
         make.module("adapter", 195, "gpu.draft_adapter", "--model", str(folder),
-                    "--chats", str(chats), "--time-limit", "{seconds}", *few,
+                    "--chats", str(chats), "--time-limit", training_s, *few,
                     "--output", str(results / ADAPTER),
                     "--archive", str(results / f"{ADAPTER}.tar.gz"),
                     "--facts", str(results / "real-adapter.json"), num_lines=10),

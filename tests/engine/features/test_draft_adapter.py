@@ -8,12 +8,14 @@ layer that are mixed up, and an adapter of another model that is noticed only in
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import random_llama
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from vllm import EngineArgs
 
@@ -46,6 +48,15 @@ def save_adapter(folder: Path, checkpoint: Path, targets: list[str], norm: bool)
                 parameter.mul_(1.1)
     model.save_pretrained(folder)
     return folder
+
+
+def add_translator(folder: Path, target: Path, matrix: torch.Tensor) -> Path:
+    """A copy of an adapter with a linear map behind the final norm."""
+    shutil.copytree(folder, target)
+    file = target / "adapter_model.safetensors"
+    name = "base_model.model.model.norm.translator.weight"
+    save_file(load_file(file) | {name: matrix}, file)
+    return target
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +118,32 @@ def test_the_twin_is_what_peft_merges_and_the_target_stays_what_it_was(pool, che
         )
     assert torch.equal(twin.exit_model.model.norm.weight, merged.model.norm.weight)
     assert torch.equal(model.model.norm.weight, original.model.norm.weight)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int4"])
+def test_a_translator_changes_drafts_and_no_token(
+    pool, checkpoint, adapter, prompts, plain, tmp_path, quantization
+):
+    size = load(checkpoint).config.hidden_size
+    accepted = {}
+    for name, matrix in (
+        ("none", None),
+        ("identity", torch.eye(size)),
+        ("reversed", torch.eye(size).flip(0)),
+    ):
+        folder = adapter
+        if matrix is not None:
+            folder = add_translator(adapter, tmp_path / name, matrix)
+        engine = start(pool, checkpoint, folder, draft_quantization=quantization)
+        with engine.counting() as counts:
+            assert engine.greedy(prompts, 40) == plain
+        accepted[name] = (counts.num_draft_tokens, counts.num_accepted_tokens)
+        norm = engine.runner.model.draft_twin.exit_model.model.norm
+        assert hasattr(norm, "translator") == (matrix is not None)
+        assert not hasattr(engine.runner.model.model.norm, "translator")
+    assert accepted["identity"] == accepted["none"]
+    assert accepted["identity"][1] > 0
+    assert accepted["reversed"][1] < accepted["identity"][1] / 2  # It says other tokens.
 
 
 def test_layers_that_an_adapter_leaves_alone_are_shared(pool, checkpoint, tmp_path, prompts, plain):

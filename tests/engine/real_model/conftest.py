@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from example import find_example
+from example_folder import find_example
 
 from vllm_layerskip.chats.chat import chat_token_ids
 

@@ -146,7 +146,9 @@ def test_late_exits_are_accepted_and_very_early_ones_are_not(drafted):
     assert early.acceptance_length < 1.2 < late.acceptance_length
 
 
-@pytest.mark.parametrize("name", ADAPTED or [pytest.param("", marks=pytest.mark.skip("none ships"))])
+@pytest.mark.parametrize(
+    "name", ADAPTED or [pytest.param("", marks=pytest.mark.skip("none ships"))]
+)
 def test_a_shipped_adapter_makes_better_drafts(example, drafted, name):
     folder = example / FOLDER / name
     adapted = drafted({"draft_adapter": str(folder), "num_speculative_tokens": 4})

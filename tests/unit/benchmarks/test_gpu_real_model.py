@@ -20,12 +20,11 @@ import pytest
 
 from benchmarks.gpu import acceptance, carry_model, draft_adapter, gpu_session, self_chats, steps
 from benchmarks.gpu.summary import summary
-from benchmarks.prompts import records as prompt_records
 from benchmarks.prompts import real_prompts
-from benchmarks.prompts.drafts import all_drafts
-from unit.twins import adapters
+from benchmarks.prompts import records as prompt_records
 from vllm_layerskip import embedded_checkpoint
 from vllm_layerskip.commands import main as command
+from vllm_layerskip.config.options import resolve_options
 from vllm_layerskip.errors import UserError
 from vllm_layerskip.example_model import pinned
 
@@ -129,6 +128,9 @@ class TestSteps:
         assert value("accept", "--output") != value("accept-f32", "--output")
 
     def test_self_chats_takes_its_options(self, parts):
+        folder = Path(parts["convert"][4])
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
         options = parts["chats"][parts["chats"].index("--") + 1 :]
         args = command.build_parser().parse_args(["self-chats", "--output", "x.jsonl", *options])
         assert args.keep_unfinished, "the target stays frozen"
@@ -185,7 +187,7 @@ class TestDraftAdapter:
         assert config.output.folder == args.output
         assert config.output.dtype == "bfloat16", "16 MiB of a file come back"
         assert (config.recipe.exit_layer, config.recipe.num_speculative_tokens) == (12, 4)
-        assert acceptance.K == config.recipe.num_speculative_tokens
+        assert config.recipe.num_speculative_tokens == acceptance.K
         args.tiny, args.max_steps = True, 2
         tiny = draft_adapter.config_of(args)
         assert (tiny.data.seq_len, tiny.training["max_steps"]) == (128, 2)
@@ -210,7 +212,7 @@ class TestDraftAdapter:
         assert text == f"a draft for {pinned.ORIGIN}, exit 12"
 
     def test_a_run_that_the_time_ends(self, tmp_path, monkeypatch):
-        """A run of the embedded checkpoint: at once the scores and the adapter, and no step more."""
+        """Of the embedded checkpoint; scores and the adapter are written all the same."""
         chats = tmp_path / "chats.jsonl"
         lines = [json.dumps({"text": f"def f{i}(x):\n    return x + {i}\n"}) for i in range(200)]
         chats.write_text("\n".join(lines))
@@ -255,18 +257,16 @@ class TestAcceptance:
     @pytest.mark.parametrize("tiny", [False, True])
     @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
     def test_real_prompts_takes_its_arguments(self, tiny, dtype, tmp_path):
-        folder = adapters.write_adapter(tmp_path / "adapter", base=embedded_checkpoint())
-        (folder / acceptance.RECORD).write_text('{"exit_layer": 3}')
+        (tmp_path / acceptance.RECORD).write_text('{"exit_layer": 3}')
         args = argparse.Namespace(
-            model=embedded_checkpoint(), adapter=folder, questions=Path("q"), dtype=dtype,
+            model=embedded_checkpoint(), adapter=tmp_path, questions=Path("q"), dtype=dtype,
             output=Path("o.json"), tiny=tiny,
         )  # fmt: skip
         parsed = real_prompts.build_parser().parse_args(acceptance.command(args))
         assert parsed.chat
         assert parsed.max_tokens + acceptance.K < parsed.max_model_len
         assert ("attention_backend" in parsed.engine_args) == (dtype == "float32" and not tiny)
-        config = json.loads((embedded_checkpoint() / "config.json").read_text())
-        found = all_drafts(parsed.drafts, embedded_checkpoint(), config)
+        found = [resolve_options(config, 12, None) for _, config in parsed.drafts]
         assert [(one.exit_layer, one.draft_quantization) for one in found] == [
             (3, "none"), (12, "int4"), (3, "int4")
         ]  # fmt: skip

@@ -371,7 +371,11 @@ class TestSteps:
         ("arguments", "variables", "message"),
         [
             (["nonsense"], {}, "no step is called nonsense. Steps: first bf16 real-model"),
-            (["real-model"], {"SEES_A_GPU": "1", "TMPDIR": "."}, "the model has not arrived. Carry"),
+            (
+                ["real-model"],
+                {"SEES_A_GPU": "1", "TMPDIR": "."},
+                "the model has not arrived. Carry",
+            ),
             (["serve"], {"SEES_A_GPU": "1", "QUESTIONS": ""}, "set the variable QUESTIONS"),
             (["first"], {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET is set"),
             (["first"], {}, "there is no NVIDIA GPU. Add --tiny"),

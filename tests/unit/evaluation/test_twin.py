@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from unit.evaluation.tiny_models import FAMILIES, SHAPE, random_llama
 from unit.twins import adapters
 from vllm_layerskip.errors import UserError
+from vllm_layerskip.evaluation.exits import exit_logits
 from vllm_layerskip.evaluation.scores import Target, score_exits
 from vllm_layerskip.evaluation.settings import Checkpoint, TwinSettings
 from vllm_layerskip.evaluation.twin import check_twin, make_twin
@@ -83,6 +84,22 @@ def test_an_adapter_alone_leaves_other_layers_as_they_are(adapter):
     }
     changed = {f"{name}.weight" for name in adapter.scaling} | {"model.norm.weight"}
     assert set(model.state_dict()) - same == changed
+
+
+def test_a_translator_stands_behind_the_final_norm(tmp_path):
+    matrix = torch.randn(32, 32) / 6
+    name = "base_model.model.model.norm.translator.weight"
+    adapter = adapters.read(
+        adapters.write(tmp_path / "one", tensors=adapters.weights() | {name: matrix})
+    )
+    plain, translated = base_model(), base_model()
+    make_twin(plain, "none", adapters.read(adapters.write(tmp_path / "plain")))
+    make_twin(translated, "none", adapter)
+    states = torch.randn(1, 5, 32)
+    expected = plain.lm_head(plain.model.norm(states) @ matrix.T)
+    with torch.no_grad():
+        torch.testing.assert_close(exit_logits(translated, states), expected)
+        assert not torch.allclose(exit_logits(plain, states), expected, atol=1e-2)
 
 
 def test_bfloat16_weights_stay_bfloat16(adapter):

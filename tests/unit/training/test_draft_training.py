@@ -23,11 +23,15 @@ from unit.training.training_runs import (
     write_checkpoint,
 )
 from vllm_layerskip.errors import UserError
+from vllm_layerskip.evaluation.twin import make_twin
 from vllm_layerskip.training.config import TrainConfig
+from vllm_layerskip.training.data import load_samples
 from vllm_layerskip.training.drafts.loss import TargetPass, compare
 from vllm_layerskip.training.drafts.rows import HeadRows
-from vllm_layerskip.training.drafts.scores import summarize
+from vllm_layerskip.training.drafts.scores import hold_out, summarize
 from vllm_layerskip.training.drafts.trainer import DraftTrainer
+from vllm_layerskip.training.drafts.translator import SLOWER
+from vllm_layerskip.training.model import load_tokenizer
 from vllm_layerskip.training.rank import train_here
 from vllm_layerskip.training.run import train
 from vllm_layerskip.twins.adapter import AdapterWeights, read_draft_adapter
@@ -284,14 +288,17 @@ class _Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(make, tmp_path):
-    sections = {"recipe": {"final_norm": True}, "lora": {"r": 4, "lora_dropout": 0.1}}
+@pytest.mark.parametrize("part", ["final_norm", "exit_translator"])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(make, tmp_path, monkeypatch, part):
+    sections = {"recipe": {part: True}, "lora": {"r": 4, "lora_dropout": 0.1}}
     whole = train(make(**sections, output={"folder": str(tmp_path / "whole")}))
     with pytest.raises(KeyboardInterrupt):
         train_here(make(**sections), prepare=lambda trainer: trainer.add_callback(_Interrupt()))
     with pytest.raises(UserError, match="recipe.distill was 'kl' and is 'both'"):
         train(make(**{**sections, "recipe": {"distill": "both"}}), resume=True)
-    resumed = train(make(**sections), resume=True)
+    with monkeypatch.context() as patch:  # The translator is not fitted anew.
+        patch.setattr(DraftTrainer, "begin", lambda _self: pytest.fail("begun again"))
+        resumed = train(make(**sections), resume=True)
     assert losses(tmp_path / "adapter.run") == losses(tmp_path / "whole.run")
     assert_same(weights_of(resumed), weights_of(whole))
     for name in ("adapter_config.json", "layerskip_adapter.json"):
@@ -484,3 +491,66 @@ def test_a_wrong_draft_vocabulary_is_told_before_weights_load(make, tmp_path, co
     with pytest.raises(UserError, match=told) as error:
         train(make(recipe={"draft_vocab": str(file)}))
     assert str(error.value).startswith("recipe.draft_vocab=")
+
+
+def test_a_translator_is_the_least_squares_map_before_anything_is_trained(make, base):
+    """Without a learning rate what is written is the fit, and it is better than none."""
+    folder = train(make(recipe={"exit_translator": True}, training={"learning_rate": 0.0}))
+    scores = record_of(folder)["scores"]
+    assert scores["after"]["agreement"] > scores["before"]["agreement"] + 0.05
+    adapter = read_draft_adapter(
+        folder, "--draft-adapter", hf_config=AutoConfig.from_pretrained(base), base_name="b",
+        num_layers=4, base_folder=base, exit_layer=EXIT_LAYER,
+    )  # fmt: skip
+    found = AdapterWeights(adapter).translator()
+    assert "translator" in (folder / "README.md").read_text()
+
+    settings = make(recipe={"exit_translator": True})
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    samples = load_samples(settings.data.train, settings.data, load_tokenizer(settings.model), "")
+    samples, _ = hold_out(samples, "")
+    exits, lasts = [], []
+    for sample in samples:
+        with torch.no_grad():
+            states = model.model(
+                torch.tensor([sample["input_ids"]]), output_hidden_states=True
+            ).hidden_states
+        counted = torch.tensor(sample["labels"])[1:] != -100
+        exits.append(model.model.norm(states[EXIT_LAYER][0, :-1][counted]).detach().double())
+        lasts.append(states[-1][0, :-1][counted].double())
+    x, y = torch.cat(exits), torch.cat(lasts)
+    expected = torch.linalg.lstsq(x, y).solution.T
+    residual, best = (x @ found.double().T - y).norm(), (x @ expected.T - y).norm()
+    assert residual <= 1.01 * best < 0.9 * (x - y).norm()
+
+
+def test_a_translator_is_trained_and_read_by_serving(make, base, tmp_path):
+    trainers = []
+    recipe = {"exit_translator": True, "distill": "both"}
+    folder = train_here(make(recipe=recipe, training={"max_steps": 4}), prepare=trainers.append)
+    norm = trainers[0].causal_lm.model.norm
+    trained = norm.modules_to_save["default"]
+    saved = weights_of(folder)
+    assert torch.equal(
+        saved["base_model.model.model.norm.translator.weight"], trained.translator.weight.detach()
+    )
+    assert not hasattr(norm.original_module, "translator")
+    rates = {
+        id(parameter): group["initial_lr"]
+        for group in trainers[0].optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert rates.pop(id(trained.translator.weight)) == pytest.approx(SLOWER * max(rates.values()))
+    assert len(set(rates.values())) == 1
+    assert len(rates) == 2 * 7 * EXIT_LAYER + 1
+    # The twin of `eval` predicts what was trained.
+    adapter = read_draft_adapter(
+        folder, "--draft-adapter", hf_config=AutoConfig.from_pretrained(base), base_name="b",
+        num_layers=4, base_folder=base, exit_layer=EXIT_LAYER,
+    )  # fmt: skip
+    twin = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    make_twin(twin, "none", adapter)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        own = trainers[0].model.eval()(ids).logits
+        torch.testing.assert_close(twin(ids).logits, own, rtol=1e-4, atol=1e-4)

@@ -19,6 +19,7 @@ from vllm_layerskip.twins.digest import checkpoint_digest
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 NORM = "base_model.model.model.norm.weight"
+TRANSLATOR = "base_model.model.model.norm.translator.weight"
 
 
 def refused(folder, *words: str, **arguments) -> None:
@@ -103,6 +104,20 @@ def test_names_with_an_adapters_name_or_without_a_prefix_are_read(tmp_path):
     other = AdapterWeights(read(write(tmp_path / "other", tensors=tensors)))
     assert torch.equal(other.delta(Q_PROJ), plain)
     assert torch.equal(other.final_norm(), torch.ones(32))
+
+
+def test_a_translator_is_read_and_its_shape_is_checked(tmp_path):
+    matrix = torch.randn(32, 32)
+    folder = write(tmp_path / "one", tensors=weights() | {TRANSLATOR: matrix.bfloat16()})
+    adapter = read(folder)
+    assert (adapter.has_translator, adapter.has_final_norm) == (True, False)
+    assert torch.equal(AdapterWeights(adapter).translator(), matrix.bfloat16().float())
+    assert AdapterWeights(read(write(tmp_path / "none"))).translator() is None
+    folder = write(tmp_path / "other", tensors=weights() | {TRANSLATOR: torch.ones(32, 16)})
+    refused(folder, "exit translator has shape [32, 16]", "hidden size is 32")
+    folder = write(tmp_path / "nan", tensors=weights() | {TRANSLATOR: matrix * math.nan})
+    with pytest.raises(ValueError, match="translator.weight.*not finite"):
+        AdapterWeights(read(folder)).check_finite()
 
 
 def test_what_is_read_without_weights(tmp_path):

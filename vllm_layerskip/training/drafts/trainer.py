@@ -17,7 +17,11 @@ from vllm_layerskip.training.drafts.loss import DraftLoss, DraftMeter, TargetPas
 from vllm_layerskip.training.drafts.memory import TargetMemory
 from vllm_layerskip.training.drafts.recipe import DraftRecipe
 from vllm_layerskip.training.drafts.rows import HeadRows
-from vllm_layerskip.training.drafts.translator import fit_translator
+from vllm_layerskip.training.drafts.translator import (
+    fit_translator,
+    slow_down,
+    translator_weight,
+)
 from vllm_layerskip.training.trainer import check_arguments
 
 
@@ -88,6 +92,13 @@ class DraftTrainer(AtomicSaves):
         inputs = {**inputs, "use_cache": False, **self._without_logits}
         self.target.run(model, inputs)
         return inputs
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and self.recipe.exit_translator:
+            slow_down(optimizer, translator_weight(self.model))
+        return optimizer
 
     def begin(self) -> str:
         """Prepare a run that starts; returns what was done, in words."""

@@ -22,8 +22,11 @@ from vllm_layerskip.training.loss import counted_positions, shifted_labels
 if TYPE_CHECKING:
     from vllm_layerskip.training.drafts.trainer import DraftTrainer
 
-TOKENS_A_DIMENSION = 64
+TOKENS_A_DIMENSION = 512
 """The fit uses so many tokens for each of H inputs, or all that there are."""
+SLOWER = 0.02
+"""The translator's share of the learning rate. Adapters begin at zero and may move fast; the
+translator begins where least squares put it, which such steps would undo."""
 _RIDGE = 1e-3
 """Of the mean square of an input, added to each: what data do not tell stays small."""
 
@@ -39,6 +42,21 @@ def add_translator(peft_model: nn.Module) -> None:
     if not weight.is_meta:
         nn.init.eye_(norm.translator.weight)
     norm.register_forward_hook(lambda module, _args, output: module.translator(output))
+
+
+def translator_weight(peft_model: nn.Module) -> nn.Parameter:
+    return _own_norm(peft_model).translator.weight
+
+
+def slow_down(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> None:
+    """Give a weight a group of its own, with ``SLOWER`` times the learning rate."""
+    for group in list(optimizer.param_groups):
+        others = [parameter for parameter in group["params"] if parameter is not weight]
+        if len(others) < len(group["params"]):
+            own = {**group, "params": [weight], "lr": group["lr"] * SLOWER}
+            group["params"] = others
+            optimizer.add_param_group(own)
+            return
 
 
 def _own_norm(peft_model: nn.Module) -> Any:
@@ -77,6 +95,14 @@ def fit_translator(trainer: DraftTrainer) -> int:
     norm = _own_norm(trainer.model)  # type: ignore[arg-type]
     size = norm.weight.numel()
     moments = _Moments(size, norm.weight.device)
+    with torch.random.fork_rng():  # Training draws what it would draw without.
+        _collect(trainer, norm, moments)
+    norm.translator.weight.copy_(moments.solve())
+    return moments.num_tokens
+
+
+def _collect(trainer: DraftTrainer, norm: Any, moments: _Moments) -> None:
+    size = norm.weight.numel()
     for batch in trainer.get_train_dataloader():
         inputs = {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
         states = _exit_states(trainer, inputs)
@@ -85,8 +111,6 @@ def fit_translator(trainer: DraftTrainer) -> int:
         moments.add(normed, trainer.target.states[positions])
         if moments.num_tokens >= TOKENS_A_DIMENSION * size:
             break
-    norm.translator.weight.copy_(moments.solve())
-    return moments.num_tokens
 
 
 def _exit_states(trainer: DraftTrainer, inputs: dict[str, Any]) -> torch.Tensor:

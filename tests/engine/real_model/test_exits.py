@@ -12,6 +12,8 @@ from vllm_layerskip.example_model.drafts import FOLDER, shipped_drafts
 from vllm_layerskip.twins.adapter_config import read_record
 
 NUM_LAYERS = 30
+OUTPUTS = {"json": "scores.json", "markdown": "scores.md", "plot": "scores.png"}
+ADAPTED = [draft.name for draft in shipped_drafts()]
 TEXT = """\
 The water cycle describes how water moves on, above and below the surface of the Earth. The sun
 warms the oceans, and some of their water evaporates into the air. Rising air takes the vapour up
@@ -43,14 +45,11 @@ def evaluated(example, tmp_path_factory):
     return exits
 
 
-OUTPUTS = {"json": "scores.json", "markdown": "scores.md", "plot": "scores.png"}
-
-
 def assert_deeper_is_better(exits):
     """A model that was not trained for it: its early exits know nothing, the last ones much."""
     assert len(exits) == NUM_LAYERS
     agreement = [score["agreement"] for score in exits]
-    assert max(agreement[:10]) < 0.2 < 0.5 < min(agreement[-2:])
+    assert max(agreement[:10]) < 0.2 < 0.3 < agreement[-2] < agreement[-1]
     thirds = [sum(agreement[start : start + 10]) for start in (0, 10, 20)]
     assert thirds == sorted(thirds)
     assert exits[-1]["perplexity"] < exits[-3]["perplexity"] < exits[9]["perplexity"]
@@ -69,20 +68,17 @@ def test_exits_of_the_model_and_of_its_int4_twin(evaluated):
     assert_deeper_is_better(own)
     assert_deeper_is_better(twin)
     # With the model's last layer, of the twin as well.
-    assert 0.7 < twin[-1]["agreement"] < own[-1]["agreement"] == 1.0
-    assert own[-1]["perplexity"] < twin[-1]["perplexity"] < 1.3 * own[-1]["perplexity"]
+    assert 0.45 < twin[-1]["agreement"] < own[-1]["agreement"] == 1.0
+    assert own[-1]["perplexity"] < twin[-1]["perplexity"] < 2.5 * own[-1]["perplexity"]
 
 
-ADAPTED = [draft.name for draft in shipped_drafts()]
-
-
-@pytest.mark.parametrize("name", ADAPTED or [pytest.param("", marks=pytest.mark.skip("none ships"))])
+@pytest.mark.parametrize(
+    "name", ADAPTED or [pytest.param("", marks=pytest.mark.skip("none ships"))]
+)
 def test_a_shipped_adapter_knows_more_at_its_exit(example, evaluated, name):
     folder = example / FOLDER / name
     exit_layer = read_record(folder).exit_layer
     own, adapted = evaluated("--draft-adapter", folder)
-    at = NUM_LAYERS if exit_layer is None else exit_layer
-    if at < NUM_LAYERS:
-        assert adapted[at - 1]["agreement"] > own[at - 1]["agreement"]
-    else:
-        assert adapted[at - 1]["agreement"] > 0.7
+    assert exit_layer is not None
+    assert exit_layer < NUM_LAYERS
+    assert adapted[exit_layer - 1]["agreement"] > own[exit_layer - 1]["agreement"] + 0.1

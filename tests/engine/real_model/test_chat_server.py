@@ -80,9 +80,7 @@ def test_a_chat_streamed_whole_and_offline(server, plain, ask):
     assert choice["token_ids"] == expected
     assert "Paris" in choice["message"]["content"]
     body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": MAX_TOKENS}
-    chunks = server.stream(
-        "/v1/chat/completions", {"model": MODEL_NAME, "temperature": 0, **body}
-    )
+    chunks = server.stream("/v1/chat/completions", {"model": MODEL_NAME, "temperature": 0, **body})
     deltas = [chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks]
     assert "".join(deltas) == choice["message"]["content"]
     # A step's tokens come in one chunk: fewer chunks than tokens, if drafts were accepted.
@@ -126,4 +124,5 @@ def test_nothing_went_wrong_unseen(server):
     log = server.log.read_text()
     assert not re.findall(r"^.*\b(?:ERROR|Traceback)\b.*$", log, re.M)
     (line,) = (line for line in log.splitlines() if "LayerSkip 0." in line)
-    assert "int4" in line
+    assert "exit_layer 30), 4 speculative tokens" in line
+    assert "120 linear layers (int4" in log
