@@ -33,6 +33,9 @@ LONG_FILES = (
     "features/test_structured_outputs.py",
     "exactness/test_twin.py",
     "commands/test_batch_generate.py",
+    "commands/test_demo.py",
+    "real_model/test_long_prompts.py",
+    "real_model/test_answers.py",
 )
 """Engine tests of more than a minute and a half, the longest first."""
 

@@ -7,12 +7,13 @@ next. Two jobs (questions, then answers) would start two engines for each round 
 were dropped and must be made up for.
 
 The folder beside the output holds all that the model wrote. What a run asks for by selection only
-(how many chats, ``exclude``, ``keep_unfinished``) is not among its settings: a later run may change
-them, and the model writes only what is missing.
+(how many chats, ``exclude``, ``keep_unfinished``, ``max_minutes``) is not among its settings: a
+later run may change them, and the model writes only what is missing.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -71,6 +72,8 @@ class SelfChatsSettings:
     """Files of questions that must not be among the chats."""
     keep_unfinished: bool = False
     """Whether answers that were cut off are kept."""
+    max_minutes: float | None = None
+    """When to stop, with the chats that are there then; counts from the start of ``self_chats``."""
     overwrite: bool = False
 
     @property
@@ -96,7 +99,7 @@ class Summary:
     num_answer_tokens: int
     """In the chats."""
     num_questions: int
-    """Sampled, dropped ones included."""
+    """Sampled, dropped ones included, and those whose answer the end of the time cut off."""
     dropped: Mapping[str, int]
     num_tokens_of_this_run: int
     """All that the engine wrote."""
@@ -111,9 +114,10 @@ def self_chats(settings: SelfChatsSettings) -> Summary:
 
     Raises:
         UserError: a setting is wrong, the checkpoint has no fit chat template, the output is
-            another job's, or no question gave a chat.
+            another job's, or no question gave a chat (in time).
     """
     start = time.perf_counter()
+    deadline = start + 60 * (math.inf if settings.max_minutes is None else settings.max_minutes)
     written = _written_settings(settings)
     goes_on = _check_output(settings, written)
     tokenizer = _tokenizer(settings.engine)
@@ -131,21 +135,19 @@ def self_chats(settings: SelfChatsSettings) -> Summary:
             excluded=excluded,
             keep_unfinished=settings.keep_unfinished,
         )
-        num_tokens = _ask(tries, journal, partial(one_engine.answers, settings=written))
+        generate = partial(one_engine.answers, settings=written)
+        num_tokens = _ask(tries, journal, generate, deadline)
         if not tries.chats:
-            raise UserError(
-                f"--model {settings.engine.model}: none of {tries.num_begun} questions gave a "
-                f"chat: {tries.drops()}. {tries.remedy()}"
-            )
+            raise UserError(_no_chats(tries, settings))
         journal.begin()
         counts = _write(settings.output, tries, journal, tokenizer)
         summary = Summary(
             **counts,
-            num_questions=tries.num_begun,
+            num_questions=tries.num_questions,
             dropped=dict(tries.dropped.most_common()),
             num_tokens_of_this_run=num_tokens,
             seconds=round(time.perf_counter() - start, 3),
-            note=_note(tries),
+            note=_note(tries, settings.max_minutes),
         )
         write_json(settings.folder / SUMMARY, asdict(summary))
         journal.keep()
@@ -254,9 +256,15 @@ def _questions(record: Record) -> list[str]:
 
 
 def _ask(
-    tries: Tries, journal: Journal, generate: Callable[[Iterable[Any]], Iterator[Answer]]
+    tries: Tries,
+    journal: Journal,
+    generate: Callable[[Iterable[Any]], Iterator[Answer]],
+    deadline: float,
 ) -> int:
     """Have the engine write what is missing, with a progress bar on stderr.
+
+    Args:
+        deadline: a time of ``time.perf_counter``; the first answer after it is the last one.
 
     Returns:
         How many tokens it wrote.
@@ -276,6 +284,8 @@ def _ask(
                 num_tokens += len(answer.token_ids or ())
                 if more := len(tries.chats) - progress.n:
                     progress.update(more)
+                if time.perf_counter() > deadline:
+                    break
     return num_tokens
 
 
@@ -320,11 +330,33 @@ def _row(tries: Tries, number: int, answer: Answer, tokenizer: Any) -> dict[str,
     return {"messages": messages, "finish_reason": answer.finish_reason, "text": text}
 
 
-def _note(tries: Tries) -> str | None:
+def _no_chats(tries: Tries, settings: SelfChatsSettings) -> str:
+    if tries.is_done:
+        return (
+            f"--model {settings.engine.model}: none of {tries.num_begun} questions gave a chat: "
+            f"{tries.drops()}. {tries.remedy()}"
+        )
+    return (
+        f"{_early_end(settings.max_minutes)} before there was a chat ({tries.num_questions} "
+        f"questions, dropped: {tries.drops()}). The same command goes on from there; give it more "
+        "time."
+    )
+
+
+def _note(tries: Tries, max_minutes: float | None) -> str | None:
     if len(tries.chats) >= tries.num_chats:
         return None
-    return (
-        f"Only {len(tries.chats)} of {tries.num_chats} chats: sampling ended after "
-        f"{tries.num_begun} questions ({FIRST_TRIES}, and {TRIES_PER_CHAT} for each chat). "
-        f"{tries.remedy()}"
-    )
+    few = f"Only {len(tries.chats)} of {tries.num_chats} chats"
+    if tries.is_done:
+        return (
+            f"{few}: sampling ended after {tries.num_begun} questions ({FIRST_TRIES}, and "
+            f"{TRIES_PER_CHAT} for each chat). {tries.remedy()}"
+        )
+    return f"{few}: {_early_end(max_minutes)}. The same command goes on from there."
+
+
+def _early_end(max_minutes: float | None) -> str:
+    """Why there was more to ask."""
+    if max_minutes is None:
+        return "the engine ended"
+    return f"the time of --max-minutes {max_minutes:g} was over"

@@ -211,13 +211,26 @@ class Tries:
             return NO_ANSWER
         return None if self.is_shown(question, text) else CHANGED
 
+    @property
+    def num_questions(self) -> int:
+        """How many questions the model wrote."""
+        return self.num_judged + len(self._unjudged)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether each try has ended, and no other may begin."""
+        num_ended = len(self.chats) + self.dropped.total()
+        return num_ended == self.num_begun and not self._another()
+
     def drops(self) -> str:
         """How many tries were dropped, by reason."""
         counts = [f"{count} {reason}" for reason, count in self.dropped.most_common()]
         return ", ".join(counts) or "none"
 
     def remedy(self) -> str:
-        """What to do about the most common reason."""
+        """What to do about the most common reason; empty if nothing was dropped."""
+        if not self.dropped:
+            return ""
         ((reason, _),) = self.dropped.most_common(1)
         error = f"It said: {self.first_error} " if reason == FAILED else ""
         return error + REMEDIES[reason]

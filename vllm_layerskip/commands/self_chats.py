@@ -7,13 +7,15 @@ an earlier one or are in a file of --exclude are dropped, and others are sampled
 --num-chats (at most 100 questions, and 10 for each chat so far). Answers that --max-answer-tokens
 cut off are dropped, too.
 
-A run that was interrupted goes on where it was: give the same command again. With another
---num-chats, --exclude or --keep-unfinished it keeps what the model wrote, and adds what is missing.
+A run that was interrupted goes on where it was: give the same command again. So
+does one that --max-minutes ended. With another --num-chats, --exclude or --keep-unfinished it keeps
+what the model wrote, and adds what is missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exclude", nargs="+", default=[], metavar="FILE",
         help="Files, folders or patterns of a test set: chats with its questions are left out.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-minutes", type=_number("above 0", lambda m: 0 < m < math.inf), metavar="M",
+        help="Stop asking after so many minutes and keep what is there. Default: no limit.",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="Begin anew if there are some.")
     _add_sampling_arguments(parser)
@@ -162,6 +168,7 @@ def _settings(args: argparse.Namespace) -> SelfChatsSettings:
         ),
         exclude=args.exclude,
         keep_unfinished=args.keep_unfinished,
+        max_minutes=args.max_minutes,
         overwrite=args.overwrite,
     )
 

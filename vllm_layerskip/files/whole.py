@@ -66,12 +66,12 @@ def replace_folder(source: Path, target: Path) -> None:
     """Move ``source`` to ``target``, on the same file system; an older ``target`` is removed.
 
     A crash may leave the older folder under a hidden name and no ``target``, never a part of one.
+    The next call removes it.
     """
-    if not target.exists():
-        os.replace(source, target)
-        return
     outdated = target.with_name(f"{UNFINISHED}-{target.name}-outdated")
-    shutil.rmtree(outdated, ignore_errors=True)
-    os.replace(target, outdated)
+    if target.exists():
+        shutil.rmtree(outdated, ignore_errors=True)
+        os.replace(target, outdated)
     os.replace(source, target)
-    shutil.rmtree(outdated)
+    if outdated.exists():  # Also an earlier call's, which a crash ended between the two steps.
+        shutil.rmtree(outdated)

@@ -188,6 +188,12 @@ class TrainConfig:
                 "'sdpa', 'eager' where recipe.target is 'frozen': drafts attend by a mask that "
                 "others do not take. Leave it out."
             )
+        for name, reason in _NOT_FOR_DRAFTS.items():
+            if self.training.get(name):
+                raise UserError(
+                    f"training.{name}={self.training[name]!r} does not go with recipe.target="
+                    f"'frozen': {reason} Leave it out."
+                )
         for name in ("exit_layer", "num_speculative_tokens"):
             if getattr(self.output, name) is not None:
                 raise UserError(
@@ -262,6 +268,12 @@ class TrainConfig:
 
 _DRAFT_LORA = ("lora_alpha", "lora_dropout", "r", "target_modules", "use_rslora")
 """Keys of the section ``lora`` for a draft adapter: what a merge of ``scaling * B @ A`` covers."""
+
+_NOT_FOR_DRAFTS = {
+    "fsdp": "nobody has seen sharded drafts learn.",
+    "deepspeed": "nobody has seen sharded drafts learn.",
+    "fp16": "small gradients of soft labels vanish in float16; use bf16.",
+}
 
 _NOT_FOR_TRAINING = {
     "output_dir": "Use output.run_folder and output.folder.",

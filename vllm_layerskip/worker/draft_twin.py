@@ -86,7 +86,8 @@ class DraftTwin:
             None if config.draft_adapter is None else AdapterWeights(config.draft_adapter)
         )
         self._num_weight_changes = -1
-        self._norm_weights: tuple[nn.Parameter, torch.Tensor] | None = None
+        self._exit_weights: list[tuple[nn.Parameter, torch.Tensor]] = []
+        """The adapter's norm and translator: where they are used, and their values."""
         self._merged: set[str] = set()
         self.linears: list[TwinLinear] = []
         self.num_full_width = 0
@@ -221,7 +222,8 @@ class DraftTwin:
         backbone = copy.copy(self._model.model)
         twin_norm = backbone.norm if norm is None else self._own_norm(backbone.norm, norm)
         if translator is not None:
-            twin_norm = TranslatedNorm(twin_norm, translator.to(backbone.norm.weight))
+            weight = self._exit_weight(translator, backbone.norm.weight)
+            twin_norm = TranslatedNorm(twin_norm, weight)
         backbone._modules = {**backbone._modules, "norm": twin_norm}
         model = copy.copy(self._model)
         model._modules = {**model._modules, "model": backbone}
@@ -230,11 +232,15 @@ class DraftTwin:
     def _own_norm(self, target: nn.Module, norm: torch.Tensor) -> nn.Module:
         """The target's final norm with the adapter's weight."""
         twin_norm = copy.copy(target)
-        weight = nn.Parameter(torch.empty_like(target.weight), requires_grad=False)
+        weight = self._exit_weight(norm, target.weight)
         twin_norm._parameters = {**target._parameters, "weight": weight}
-        self._norm_weights = weight, norm
-        weight.data.copy_(norm)
         return twin_norm
+
+    def _exit_weight(self, values: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
+        """A parameter with the adapter's values, on the device and in the dtype of another."""
+        weight = nn.Parameter(values.to(like, copy=True), requires_grad=False)
+        self._exit_weights.append((weight, values))
+        return weight
 
     def after_load(self) -> None:
         """Make what hangs on no hook; call it once, when the target's weights are there."""
@@ -284,17 +290,17 @@ class DraftTwin:
         if self._num_weight_changes == self._model.num_weight_changes:
             return
         self._num_weight_changes = self._model.num_weight_changes
-        if self._norm_weights is not None:
-            weight, norm = self._norm_weights
-            weight.data.copy_(norm)
+        for weight, values in self._exit_weights:
+            weight.data.copy_(values)
         for linear in self._all_linears():
             if linear.has_source:
                 linear.make()
 
     @property
     def num_bytes(self) -> int:
-        """Extra memory of the twin's layers on this rank."""
-        return sum(linear.method.num_bytes for linear in self.linears)
+        """Extra memory of the twin's layers, final norm and translator on this rank."""
+        own = sum(weight.nbytes for weight, _ in self._exit_weights)
+        return own + sum(linear.method.num_bytes for linear in self.linears)
 
     @property
     def num_head_bytes(self) -> int:
@@ -341,11 +347,11 @@ class TranslatedNorm(nn.Module):
     def __init__(
         self,
         norm: nn.Module,
-        translator: torch.Tensor,  # [H, H]
+        translator: nn.Parameter,  # [H, H]
     ) -> None:
         super().__init__()
         self.norm = norm
-        self.translator = nn.Parameter(translator, requires_grad=False)
+        self.translator = translator
 
     def forward(
         self,

@@ -220,6 +220,7 @@ RUNS: dict[str, dict[str, Run]] = {
             "--model chatting --num-chats 3 --output chats.jsonl --exclude prompts.txt "
             "--temperature 1.0 --top-p 0.99 --max-question-tokens 40 --max-answer-tokens 20 "
             "--answer-temperature 0.5 --system # --seed 7 --keep-unfinished --overwrite "
+            "--max-minutes 9 "
             "--max-num-seqs 4 --tensor-parallel-size 1 --dtype float32 --max-model-len 256 "
             "--device cpu --engine-args ENGINE_ARGS",
             lambda folder, printed: (

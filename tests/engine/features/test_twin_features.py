@@ -15,11 +15,13 @@ from checkpoints import random_llama
 from engines import ENGINE_DEFAULTS, EnginePool
 from families import random_checkpoint
 from processes import run_script
+from test_draft_adapter import add_translator, save_adapter
 from test_draft_vocab import drafted
 from test_prompt_embeds import EMBEDS, greedy
 from test_reload import discard
 from test_weight_changes import CHANGES, MIN_TOKENS, answers, noisy_checkpoint, prepare  # noqa: F401
 from test_weight_changes import SETTINGS as WITHOUT_PREFIX_CACHE
+from transformers import AutoConfig
 from twin_worker import EXTENSION
 from twins import linears_of, outputs, rounding_error, speculating, spoil, twin_engine, twin_of
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -153,6 +155,23 @@ def test_discarded_memory_is_made_anew(pool, checkpoint, prompts, odd_ids, draft
     spoil(engine)
     reload_weights(engine)
     assert speculate(engine, prompts[:3]) == before
+
+
+def test_an_adapters_norm_and_translator_are_made_anew(pool, checkpoint, prompts, tmp_path):
+    adapter = save_adapter(tmp_path / "a", checkpoint, ["v_proj"], norm=True)
+    size = AutoConfig.from_pretrained(checkpoint).hidden_size
+    adapter = add_translator(adapter, tmp_path / "t", torch.eye(size) * 1.5)
+    engine = pool.layerskip(checkpoint, 3, 4, spec={"draft_adapter": str(adapter)})
+    before = speculate(engine, prompts[:3])
+    engine.reset_prefix_cache()
+    discard(engine.runner)
+    spoil(engine)
+    norm = engine.runner.model.draft_twin.exit_model.model.norm
+    norm.translator.data.fill_(7.5)
+    norm.norm.weight.data.fill_(7.5)
+    reload_weights(engine)
+    assert speculate(engine, prompts[:3]) == before
+    assert torch.equal(norm.translator, torch.eye(size) * 1.5)
 
 
 @pytest.fixture(scope="module")

@@ -46,11 +46,8 @@ def test_the_choice_is_within_10_percent_of_the_best(example, tmp_path):
     choice, sweep = tmp_path / "choice", tmp_path / "sweep"
     for rounds in (2, 4):
         tune(example, prompts, choice, 2, rounds)
-        # The sweep goes on from what the choice has measured.
-        sweep.mkdir(exist_ok=True)
-        for file in choice.iterdir():
-            if file.name != "cells.csv" or not (sweep / file.name).exists():
-                shutil.copy(file, sweep) if file.is_file() else None
+        if not sweep.exists():
+            shutil.copytree(choice, sweep)  # It goes on from what the choice has measured.
         tune(example, prompts, sweep, "all", rounds)
         (comparison,) = compare_folders(choice, sweep)
         print(comparison)

@@ -256,6 +256,8 @@ WRONG = {
         ("--top-p", "1.1"),
         ("--max-question-tokens", "0"),
         ("--max-answer-tokens", "0"),
+        ("--max-minutes", "0"),
+        ("--max-minutes", "inf"),
         ("--answer-temperature", "-1"),
         ("--system", " "),
         ("--seed", "-1"),

@@ -16,6 +16,16 @@ NO_NETWORK = """WARNING: Retrying (Retry(total=0)) after connection broken: /sim
 ERROR: Could not find a version that satisfies the requirement tiny==1.0 (from versions: none)
 ERROR: No matching distribution found for tiny==1.0
 """
+TIMED_OUT = """Traceback (most recent call last):
+  File "pip/_internal/cli/base_command.py", line 1, in exc_logging_wrapper
+pip._vendor.urllib3.exceptions.ReadTimeoutError: HTTPSConnectionPool(port=443): Read timed out.
+"""
+OTHER_HASH = """WARNING: Attempted to resume.
+ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE. If you have updated them,
+    tiny==1.0 from https://index/tiny-1.0-py3-none-any.whl:
+        Expected sha256 00
+             Got        11
+"""
 
 
 def test_pip_gets_the_version_and_the_hash(pip, tmp_path):
@@ -42,7 +52,7 @@ def test_only_a_pip_that_resumes_is_told_to(pip, monkeypatch, tmp_path, version,
     ("status", "stderr", "says"),
     [
         (1, NO_NETWORK, "Could not find a version that satisfies the requirement tiny==1.0"),
-        (1, "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES\n    Expected\n", "DO NOT MATCH"),
+        (2, TIMED_OUT, "Read timed out"),
         (1, "/usr/bin/python: No module named pip.__main__\n", "No module named pip"),
         (1, "ERROR: " + "x" * 5000, "xxx"),
         (-9, "", "status -9"),
@@ -51,9 +61,12 @@ def test_only_a_pip_that_resumes_is_told_to(pip, monkeypatch, tmp_path, version,
 )
 def test_a_failure_is_one_line_with_a_remedy(pip, tmp_path, status, stderr, says):
     pip.fails = (status, stderr)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(fetch.WheelUnavailable, match="^pip could not fetch tiny==1.0: ") as caught:
         fetch.fetch_wheel(pinned.WHEEL, tmp_path)
-    message = str(caught.value)
+    check_message(str(caught.value), says)
+
+
+def check_message(message: str, says: str) -> None:
     assert says in message
     assert "\n" not in message
     assert len(message) < 900
@@ -61,10 +74,20 @@ def test_a_failure_is_one_line_with_a_remedy(pip, tmp_path, status, stderr, says
         assert remedy in message
 
 
+def test_a_wheel_that_pip_refuses_is_not_taken_for_none(pip, tmp_path):
+    """Whoever goes on without the wheel must not pass over another one in its place."""
+    pip.fails = (1, OTHER_HASH)
+    with pytest.raises(UserError, match="^pip refused tiny==1.0: ") as caught:
+        fetch.fetch_wheel(pinned.WHEEL, tmp_path)
+    assert not isinstance(caught.value, fetch.WheelUnavailable)
+    check_message(str(caught.value), "DO NOT MATCH")
+
+
 def test_a_wheel_of_other_bytes_is_refused(pip, tmp_path):
     """Even if pip let it pass."""
-    with pytest.raises(UserError, match="has SHA-256 .* Get it again with pip download"):
+    with pytest.raises(UserError, match="has SHA-256 .* Get it again with pip download") as caught:
         fetch.fetch_wheel(replace(pinned.WHEEL, sha256="0" * 64), tmp_path)
+    assert not isinstance(caught.value, fetch.WheelUnavailable)
 
 
 def test_without_pip_the_message_says_how_to_get_it(pip, monkeypatch, tmp_path):
@@ -72,6 +95,6 @@ def test_without_pip_the_message_says_how_to_get_it(pip, monkeypatch, tmp_path):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(fetch.importlib.metadata, "version", missing)
-    with pytest.raises(UserError, match="-m ensurepip"):
+    with pytest.raises(fetch.WheelUnavailable, match="-m ensurepip"):
         fetch.fetch_wheel(pinned.WHEEL, tmp_path)
     assert pip.calls == []

@@ -4,8 +4,12 @@ is not the file's."""
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
+import pwd
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,13 +20,17 @@ from pathlib import Path
 
 import gguf
 import pytest
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from unit.example_model import tiny
 from vllm_layerskip.config.options import resolve_options
 from vllm_layerskip.errors import UserError
 from vllm_layerskip.example_model import drafts, make, pinned, record
+from vllm_layerskip.example_model.checkpoint import Model, write_files
 from vllm_layerskip.example_model.lock import locked
 from vllm_layerskip.example_model.make import default_folder, example_model
 from vllm_layerskip.twins.digest import checkpoint_digest
@@ -171,7 +179,7 @@ class TestTheCheckpoint:
 
 class TestAFolderThatIsThere:
     def test_it_is_used_at_once(self, example, pip, monkeypatch):
-        monkeypatch.setattr(make, "_needs_libraries", lambda: pytest.fail("not needed"))
+        monkeypatch.setattr(make, "_needs_libraries", lambda _: pytest.fail("not needed"))
         before = (example / "model.safetensors").stat().st_mtime_ns
         assert made(example) == example
         assert len(pip.calls) == 1
@@ -225,12 +233,25 @@ class TestAFolderThatIsThere:
         assert (tmp_path / "empty/config.json").exists()
 
     def test_a_full_disk_is_told(self, pip, monkeypatch, tmp_path):
-        def full(*_):
-            raise OSError(28, "No space left on device", "model.safetensors")
+        def full(*_, **__):
+            raise SafetensorError(
+                "Error while serializing: I/O error: No space left on device (os error 28)"
+            )
 
-        monkeypatch.setattr(make, "write_files", full)
-        with pytest.raises(UserError, match="FOLDER .*No space left.*1 GB free"):
+        monkeypatch.setattr(safetensors.torch, "save_file", full)
+        with pytest.raises(UserError, match="FOLDER .*No space left.*model.saf.*1 GB free"):
             made(tmp_path / "new")
+        assert os.listdir(tmp_path) == []
+
+    def test_a_disk_that_is_full_for_the_weights(self, pip, tmp_path):
+        """By a limit of the system, so that the library itself says it."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        pip.before = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+        try:
+            with pytest.raises(UserError, match=r"FOLDER .*File too large \(.*model.safetensors\)"):
+                made(tmp_path / "new")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert os.listdir(tmp_path) == []
 
     def test_a_defect_is_no_mistake_of_the_user(self, pip, monkeypatch, tmp_path):
@@ -240,6 +261,37 @@ class TestAFolderThatIsThere:
         monkeypatch.setattr(make, "write_files", fail)
         with pytest.raises(OSError, match="a library's own"):
             made(tmp_path / "new")
+
+
+class TestTheWriters:
+    """Of libraries in Rust, whose errors are no OSError."""
+
+    @pytest.fixture
+    def model(self, pip, example):
+        config = read(example, "config.json")
+        tokenizer = Tokenizer.from_file(str(example / "tokenizer.json"))
+        return Model(config, load_file(example / "model.safetensors"), tokenizer, "")
+
+    def test_a_full_disk_for_the_tokenizer(self, model, tmp_path):
+        (tmp_path / "tokenizer.json").symlink_to("/dev/full")
+        with pytest.raises(OSError, match="No space left on device.*tokenizer.json") as caught:
+            write_files(model, tmp_path)
+        assert caught.value.errno == errno.ENOSPC
+
+    def test_an_error_without_a_number(self, model, monkeypatch, tmp_path):
+        def fail(*_, **__):
+            raise SafetensorError("I/O error: failed to write whole buffer")
+
+        monkeypatch.setattr(safetensors.torch, "save_file", fail)
+        with pytest.raises(OSError, match="failed to write whole buffer.*model.saf") as caught:
+            write_files(model, tmp_path)
+        assert caught.value.errno == errno.EIO
+
+    def test_a_defect_stays_one(self, model, tmp_path):
+        shared = model.weights["model.norm.weight"]
+        model = replace(model, weights={"one": shared, "two": shared})
+        with pytest.raises(RuntimeError, match="share memory"):
+            write_files(model, tmp_path)
 
 
 class TestFrom:
@@ -287,6 +339,7 @@ class TestFrom:
             ("tokenizer.json", "{", "tokenizer.json"),
             ("model.safetensors", None, r"no weights as \*.safetensors"),
             ("model.safetensors", "text", "cannot be read"),
+            ("chat_template.jinja", b"\xff", "chat_template.jinja cannot be read .*utf-8"),
         ],
     )
     def test_what_is_wrong_is_told(self, original, tmp_path, name, content, says):
@@ -294,12 +347,50 @@ class TestFrom:
             (original / name).unlink()
         elif isinstance(content, dict):
             (original / name).write_text(json.dumps(read(original, name) | content))
+        elif isinstance(content, bytes):
+            (original / name).write_bytes(content)
         else:
             (original / name).write_text(content)
         with pytest.raises(UserError, match=f"^--from .*({says})") as caught:
             made(tmp_path / "new", source=original)
         assert "\n" not in str(caught.value)
         assert sorted(os.listdir(tmp_path)) == ["example", "original"]
+
+    def test_licences_are_copied_and_folders_of_them_are_not(self, original, tmp_path):
+        (original / "LICENSE.txt").write_text("mine")
+        (original / "LICENSES").mkdir()
+        (original / "LICENSES" / "MIT.txt").write_text("MIT")
+        folder = made(tmp_path / "new", source=original)
+        assert (folder / "LICENSE").read_text() == "Apache-2.0"
+        assert (folder / "LICENSE.txt").read_text() == "mine"
+        assert not (folder / "LICENSES").exists()
+
+    @pytest.mark.parametrize("name", ["LICENSE", "chat_template.jinja"])
+    def test_a_file_of_the_source_that_may_not_be_read(self, original, monkeypatch, tmp_path, name):
+        real = io.open
+
+        def refuse(file, *args, **options):
+            if Path(file) == original / name:
+                raise PermissionError(13, "Permission denied", str(file))
+            return real(file, *args, **options)
+
+        monkeypatch.setattr(io, "open", refuse)  # Of pathlib; root may read every file.
+        with pytest.raises(UserError, match=f"^--from .*original: {name} cannot.*denied") as caught:
+            made(tmp_path / "new", source=original)
+        assert "FOLDER " not in str(caught.value).replace("the folder", "")
+        assert not (tmp_path / "new").exists()
+
+    def test_a_source_in_a_folder_that_may_not_be_entered(self, pip, monkeypatch, tmp_path):
+        def refuse(path):
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(Path, "is_dir", refuse)
+        with pytest.raises(UserError, match="^--from .*model: it cannot be read .*denied"):
+            made(tmp_path / "new", source=tmp_path / "model")
+
+    def test_a_folder_needs_no_gguf(self, original, monkeypatch, tmp_path):
+        monkeypatch.setitem(sys.modules, "gguf", None)
+        assert (made(tmp_path / "new", source=original) / "config.json").exists()
 
     def test_weights_that_lack_some_are_not_filled_up(self, original, tmp_path):
         weights = load_file(original / "model.safetensors")
@@ -356,7 +447,7 @@ def half(model, folder):
     (folder / "model.safetensors").write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 
-make._needs_libraries = lambda: None
+make._needs_libraries = lambda _: None
 make._read = lambda *_: None
 make.write_files = half
 make.example_model(Path(sys.argv[1]))
@@ -458,6 +549,43 @@ def test_where_it_is_kept(monkeypatch):
     assert default_folder() == Path("/cache/vllm-layerskip/SmolLM2-135M-Instruct")
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     assert default_folder() == Path.home() / ".cache/vllm-layerskip/SmolLM2-135M-Instruct"
+
+
+class TestWithoutAHome:
+    @pytest.fixture(autouse=True)
+    def no_home(self, monkeypatch, pip):
+        """As in a container whose user is a number without an account."""
+
+        def unknown(who):
+            raise KeyError(who)
+
+        monkeypatch.delenv("HOME")
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+    def test_the_default_says_what_to_give(self, pip):
+        with pytest.raises(UserError, match="Set XDG_CACHE_HOME or give FOLDER"):
+            made(None)
+        assert pip.calls == []
+
+    def test_a_cache_that_is_named_will_do(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert made(None).parent.parent == tmp_path
+
+    def test_a_folder_will_do_and_is_not_taken_for_the_cache(self, monkeypatch, tmp_path):
+        folder = made(tmp_path / "new")
+        assert (folder / "config.json").exists()
+        monkeypatch.setattr(pinned, "CONTENT_VERSION", pinned.CONTENT_VERSION + 1)
+        with pytest.raises(UserError, match="--overwrite"):
+            made(folder)
+
+    @pytest.mark.parametrize("start", ["~", "~nosuchuser"])
+    def test_a_tilde_that_names_no_home(self, tmp_path, start):
+        path = Path(start) / "x"
+        with pytest.raises(UserError, match=f"^FOLDER {path}: {start} has no home"):
+            made(path)
+        with pytest.raises(UserError, match=f"^--from {path}: {start} has no home"):
+            made(tmp_path / "new", source=path)
 
 
 def test_phases_are_told_with_their_times(pip, tmp_path):

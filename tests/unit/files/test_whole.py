@@ -80,6 +80,34 @@ def test_a_folder_takes_the_place_of_an_older_one(tmp_path):
     assert (tmp_path / "model" / "weights").read_text() == "2"
 
 
+def test_what_a_crash_between_the_two_steps_leaves_goes_with_the_next_call(tmp_path, monkeypatch):
+    def folders():
+        for name, content in (("new", "2"), ("model", "1")):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "weights").write_text(content)
+
+    folders()
+    real, steps = os.replace, []
+
+    def crash(*paths):
+        steps.append(paths)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        real(*paths)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "replace", crash)
+        replace_folder(tmp_path / "new", tmp_path / "model")
+    assert names(tmp_path) == [".unfinished-model-outdated", "new"]
+    assert (tmp_path / ".unfinished-model-outdated" / "weights").read_text() == "1"
+    with pytest.raises(FileNotFoundError):
+        replace_folder(tmp_path / "none", tmp_path / "model")
+    assert names(tmp_path) == [".unfinished-model-outdated", "new"]  # Nothing is in its place yet.
+    replace_folder(tmp_path / "new", tmp_path / "model")
+    assert names(tmp_path) == ["model"]
+    assert (tmp_path / "model" / "weights").read_text() == "2"
+
+
 def test_a_folder_that_cannot_be_written_is_an_os_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_text(tmp_path / "none" / "file", "x")

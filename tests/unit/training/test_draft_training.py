@@ -27,12 +27,13 @@ from vllm_layerskip.evaluation.twin import make_twin
 from vllm_layerskip.training.config import TrainConfig
 from vllm_layerskip.training.data import load_samples
 from vllm_layerskip.training.drafts.loss import TargetPass, compare
+from vllm_layerskip.training.drafts.memory import Said, TargetMemory
 from vllm_layerskip.training.drafts.rows import HeadRows
 from vllm_layerskip.training.drafts.scores import hold_out, summarize
 from vllm_layerskip.training.drafts.trainer import DraftTrainer
-from vllm_layerskip.training.drafts.translator import SLOWER
+from vllm_layerskip.training.drafts.translator import SLOWER, _Moments
 from vllm_layerskip.training.model import load_tokenizer
-from vllm_layerskip.training.rank import train_here
+from vllm_layerskip.training.rank import check_run, train_here
 from vllm_layerskip.training.run import train
 from vllm_layerskip.twins.adapter import AdapterWeights, read_draft_adapter
 from vllm_layerskip.twins.digest import checkpoint_digest
@@ -441,7 +442,9 @@ def test_a_token_that_is_not_listed_is_no_match(make, tmp_path):
     folder = train(make(recipe={"draft_vocab": str(tmp_path / "few.json")}))
     scores = record_of(folder)["scores"]
     assert scores["after"]["agreement"] < 0.5  # Any two tokens are a small part of the text.
-    assert record_of(folder)["recipe"]["draft_vocab"] == str(tmp_path / "few.json")
+    assert record_of(folder)["recipe"]["draft_vocab"] == "draft_vocab.json"
+    assert json.loads((folder / "draft_vocab.json").read_text()) == [3, 4]
+    assert "--draft-vocab adapter/draft_vocab.json" in (folder / "README.md").read_text()
 
 
 def test_what_the_target_said_is_remembered(make, tmp_path, monkeypatch):
@@ -524,6 +527,42 @@ def test_a_translator_is_the_least_squares_map_before_anything_is_trained(make, 
     assert residual <= 1.01 * best < 0.9 * (x - y).norm()
 
 
+def test_what_is_trained_beside_a_bfloat16_model_is_float32(make, monkeypatch):
+    """In bfloat16 the translator's small steps would round away."""
+    before = {}
+
+    def keep(self, own=DraftTrainer.begin):
+        said = own(self)
+        norm = self.causal_lm.model.norm.modules_to_save["default"]
+        before.update({name: weight.clone() for name, weight in norm.state_dict().items()})
+        return said
+
+    monkeypatch.setattr(DraftTrainer, "begin", keep)
+    trainers = []
+    plan = make(
+        model={"dtype": "bfloat16"},
+        recipe={"exit_translator": True},
+        training={"bf16": True, "max_steps": 6, "learning_rate": 1e-3},
+    )
+    train_here(plan, prepare=trainers.append)
+    norm = trainers[0].causal_lm.model.norm
+    assert norm.original_module.weight.dtype == torch.bfloat16
+    for name, weight in norm.modules_to_save["default"].state_dict().items():
+        assert weight.dtype == torch.float32
+        assert (weight != before[name]).float().mean() > 0.9, name
+
+
+def test_a_fit_without_data_is_the_identity():
+    moments = _Moments(8, torch.device("cpu"))
+    assert torch.equal(moments.solve(), torch.eye(8, dtype=torch.float64))
+    moments.add(torch.eye(8)[:3], torch.eye(8)[1:4])
+    found = moments.solve()
+    assert torch.allclose(
+        found @ torch.eye(8, dtype=torch.float64)[0], torch.eye(8).double()[1], atol=0.01
+    )
+    assert torch.equal(found[:, 5], torch.eye(8).double()[5])  # What no data told.
+
+
 def test_a_translator_is_trained_and_read_by_serving(make, base, tmp_path):
     trainers = []
     recipe = {"exit_translator": True, "distill": "both"}
@@ -554,3 +593,43 @@ def test_a_translator_is_trained_and_read_by_serving(make, base, tmp_path):
     with torch.no_grad():
         own = trainers[0].model.eval()(ids).logits
         torch.testing.assert_close(twin(ids).logits, own, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "training",
+    [{"fsdp": True}, {"deepspeed": "ds.json"}, {"fp16": True}],
+    ids=lambda value: [*value][0],
+)
+def test_ways_to_train_that_nobody_has_seen_work_are_refused(make, training):
+    with pytest.raises(
+        UserError, match=f"training.{next(iter(training))}=.*recipe.target='frozen'"
+    ):
+        make(training=training)
+
+
+def test_several_processes_remember_nothing(make):
+    plan = make(recipe={"remember_target": True})
+    with pytest.raises(UserError, match="recipe.remember_target=true does not go with 2 processes"):
+        check_run(plan, num_ranks=2, resume=False, overwrite=False)
+
+
+def test_samples_of_the_same_tokens_and_other_labels_are_told_apart():
+    memory = TargetMemory()
+    ids, labels = torch.arange(6)[None], torch.arange(6)[None]
+    said = Said(torch.randn(1, 6, 4), torch.arange(6)[None])
+    memory.keep({"input_ids": ids, "labels": labels}, said)
+    found = memory.recall({"input_ids": ids, "labels": labels})
+    assert torch.equal(found.states, said.states)
+    assert torch.equal(found.tokens, said.tokens)
+    other = labels.masked_fill(labels < 2, -100)
+    assert memory.recall({"input_ids": ids, "labels": other}) is None
+    # The same sample, padded in another batch.
+    mask = torch.tensor([[1] * 6 + [0] * 3])
+    padded = {
+        "input_ids": torch.nn.functional.pad(ids, (0, 3)),
+        "labels": torch.nn.functional.pad(labels, (0, 3), value=-100),
+        "attention_mask": mask,
+    }
+    found = memory.recall(padded)
+    assert found.states.shape == (1, 9, 4)
+    assert torch.equal(found.states[:, :6], said.states)

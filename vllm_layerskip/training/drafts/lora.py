@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from vllm_layerskip.config.draft_vocab import read_draft_vocab
 from vllm_layerskip.errors import UserError
 from vllm_layerskip.training.drafts.recipe import DraftRecipe
-from vllm_layerskip.training.drafts.translator import add_translator
+from vllm_layerskip.training.drafts.translator import add_translator, own_norm
 from vllm_layerskip.training.model import add_lora, build_empty
 
 DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32}
@@ -78,7 +78,16 @@ def add_draft_lora(
     adapted = add_lora(model, settings)
     if recipe.exit_translator:
         add_translator(adapted)
+    if "modules_to_save" in settings:
+        _train_in_float32(own_norm(adapted))
     return adapted
+
+
+def _train_in_float32(norm: nn.Module) -> None:
+    """As peft does it for LoRA itself: in bfloat16 small steps would round away."""
+    norm.float()
+    # Whoever takes its output expects the dtype of what went in.
+    norm.register_forward_hook(lambda _norm, args, output: output.to(args[0].dtype))
 
 
 def _linear_names(layers: nn.Module) -> list[str]:

@@ -24,7 +24,7 @@ class Said(NamedTuple):
 
 
 class TargetMemory:
-    """Said by sample; a sample is told by its tokens."""
+    """Said by sample; a sample is told by its tokens and labels (padding is on the right)."""
 
     def __init__(self) -> None:
         self._said: dict[bytes, Said] = {}
@@ -52,11 +52,12 @@ class TargetMemory:
 
 
 def _samples(inputs: Mapping[str, Any]) -> Iterator[tuple[bytes, int]]:
-    """Tokens and length of each sample, without padding."""
-    ids, mask = inputs["input_ids"].cpu(), inputs.get("attention_mask")
+    """What tells each sample, and its length without padding."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
-    for row, length in zip(ids, lengths, strict=True):
-        yield row[:length].numpy().tobytes(), length
+    rows = torch.stack([ids, inputs["labels"]], 1).cpu()  # [B, 2, T]
+    for row, length in zip(rows, lengths, strict=True):
+        yield row[:, :length].numpy().tobytes(), length
 
 
 def _padded(rows: torch.Tensor, length: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,16 @@ from peft import PeftModel
 from transformers.utils import cached_file
 
 from vllm_layerskip import __version__
+from vllm_layerskip.config.draft_vocab import write_token_ids
 from vllm_layerskip.errors import UserError
 from vllm_layerskip.files.whole import UNFINISHED, replace_folder, write_json, write_text
 from vllm_layerskip.training.config import ModelConfig, OutputConfig
 from vllm_layerskip.training.drafts.recipe import DraftRecipe
 from vllm_layerskip.twins.adapter_config import CONFIG_NAME, RECORD_NAME
 from vllm_layerskip.twins.digest import checkpoint_digest
+
+VOCAB_NAME = "draft_vocab.json"
+"""In the adapter's folder, if it was trained with a draft vocabulary."""
 
 
 def base_digest(model: ModelConfig) -> str | None:
@@ -52,7 +56,7 @@ def record(
             "num_speculative_tokens": recipe.num_speculative_tokens,
             "final_norm": recipe.final_norm,
             "exit_translator": recipe.exit_translator,
-            "draft_vocab": recipe.draft_vocab,
+            "draft_vocab": None if recipe.draft_vocab is None else VOCAB_NAME,
         },
         "scores": dict(scores),
         "version": __version__,
@@ -64,12 +68,14 @@ def write_adapter(
     model: PeftModel,
     state_dict: Mapping[str, torch.Tensor],
     content: Mapping[str, Any],
+    draft_vocab: Sequence[int] | None = None,
 ) -> None:
     """Write ``output.folder``, whole or not at all; an existing one is replaced.
 
     Args:
         state_dict: the weights of ``model``, adapters among them.
         content: ``record``.
+        draft_vocab: the ids that drafts were trained with; they go into the folder.
     """
     folder = output.folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -82,6 +88,8 @@ def write_adapter(
     model.save_pretrained(str(unfinished), state_dict=tensors, save_embedding_layers=False)
     _sort_target_modules(unfinished / CONFIG_NAME)
     write_json(unfinished / RECORD_NAME, content)
+    if draft_vocab is not None:
+        write_token_ids(unfinished / VOCAB_NAME, draft_vocab)
     write_text(unfinished / "README.md", card(folder, model, content))
     replace_folder(unfinished, folder)
 
@@ -104,6 +112,7 @@ def card(folder: Path, model: PeftModel, content: Mapping[str, Any]) -> str:
     norm = "; a final norm of its own" if recipe["final_norm"] else ""
     if recipe["exit_translator"]:
         norm = "; a final norm of its own, and a linear map (translator) behind it"
+    vocab = f" --draft-vocab {folder.name}/{VOCAB_NAME}" if recipe["draft_vocab"] else ""
     return f"""---
 {base_line}library_name: peft
 tags: [layerskip, self-speculative-decoding, draft-adapter]
@@ -120,7 +129,7 @@ the base model as it is, so the output is the base model's.
 * **Rank:** r = {lora.r}, alpha = {lora.lora_alpha}, on {", ".join(sorted(lora.target_modules))}{norm}.
 * **Learnt from the last layer:** {learnt[recipe["distill"]]}, for up to
   {recipe["num_speculative_tokens"]} drafts a step.
-* **Use:** `--exit-layer {exit_layer} --draft-adapter {folder.name}`
+* **Use:** `--exit-layer {exit_layer} --draft-adapter {folder.name}{vocab}`
 * **Made by** vllm-layerskip {content["version"]}.
 
 | held-out text, {scores["num_tokens"]} tokens | without the adapter | with it |

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from vllm_layerskip.errors import UserError
 from vllm_layerskip.training.config import TrainConfig
 from vllm_layerskip.training.drafts.lora import add_draft_lora, read_tokens
 from vllm_layerskip.training.drafts.output import base_digest, record, write_adapter
@@ -27,6 +28,7 @@ def make_draft_trainer(
     Raises:
         UserError: the weights' files cannot be read, or adapters do not fit the model.
     """
+    check_ranks(recipe, arguments["args"].world_size)
     digest = base_digest(config.model)
     adapted = add_draft_lora(model, recipe, config.lora)
     token_ids = read_tokens(recipe, model.config.vocab_size)
@@ -35,13 +37,26 @@ def make_draft_trainer(
     return trainer
 
 
+def check_ranks(recipe: DraftRecipe, num_ranks: int) -> None:
+    """Refuse what several processes cannot do.
+
+    Raises:
+        UserError: it names the key.
+    """
+    if recipe.remember_target and num_ranks > 1:
+        raise UserError(
+            f"recipe.remember_target=true does not go with {num_ranks} processes: each epoch gives "
+            "a process other samples than it remembers. Leave it out."
+        )
+
+
 def write_draft(config: TrainConfig, trainer: DraftTrainer) -> None:
     """Score the adapter and write it, on rank 0; all ranks must call this and return together."""
     scores = score(trainer, trainer.eval_dataset)
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
         content = record(config.model, trainer.recipe, trainer.base_digest, scores)
-        write_adapter(config.output, trainer.model, state_dict, content)
+        write_adapter(config.output, trainer.model, state_dict, content, trainer.draft_vocab)
         print(f"Wrote {config.output.folder}: {_in_words(scores)}.", flush=True)
     trainer.accelerator.wait_for_everyone()
 

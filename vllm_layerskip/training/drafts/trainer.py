@@ -53,6 +53,7 @@ class DraftTrainer(AtomicSaves):
         super().__init__(*args, **kwargs)
         check_arguments(self.args)
         self.recipe = recipe
+        self.draft_vocab = draft_vocab
         self.causal_lm: nn.Module = self.model.get_base_model()  # type: ignore[operator,union-attr]
         self.target = TargetPass(
             self.model,
@@ -90,7 +91,8 @@ class DraftTrainer(AtomicSaves):
     def run_target(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Run the frozen model; returns the inputs of the drafts' pass."""
         inputs = {**inputs, "use_cache": False, **self._without_logits}
-        self.target.run(model, inputs)
+        with self.accelerator.autocast():
+            self.target.run(model, inputs)
         return inputs
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:

@@ -10,13 +10,12 @@ Shapes: N positions, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from vllm_layerskip.evaluation.exits import around_layers
 from vllm_layerskip.training.loss import counted_positions, shifted_labels
 
 if TYPE_CHECKING:
@@ -28,7 +27,8 @@ SLOWER = 0.02
 """The translator's share of the learning rate. Adapters begin at zero and may move fast; the
 translator begins where least squares put it, which such steps would undo."""
 _RIDGE = 1e-3
-"""Of the mean square of an input, added to each: what data do not tell stays small."""
+"""Of the mean square of an input, added to each: what data do not tell stays as it is."""
+_SMALLEST = 1e-6
 
 
 def add_translator(peft_model: nn.Module) -> None:
@@ -36,16 +36,16 @@ def add_translator(peft_model: nn.Module) -> None:
 
     It belongs to the norm that peft trains and saves, so the frozen model's norm has none.
     """
-    norm = _own_norm(peft_model)
+    norm = own_norm(peft_model)
     size, weight = norm.weight.numel(), norm.weight
-    norm.translator = nn.Linear(size, size, bias=False, device=weight.device, dtype=weight.dtype)
+    norm.translator = nn.Linear(size, size, bias=False, device=weight.device)
     if not weight.is_meta:
         nn.init.eye_(norm.translator.weight)
-    norm.register_forward_hook(lambda module, _args, output: module.translator(output))
+    norm.register_forward_hook(lambda module, _args, output: module.translator(output.float()))
 
 
 def translator_weight(peft_model: nn.Module) -> nn.Parameter:
-    return _own_norm(peft_model).translator.weight
+    return own_norm(peft_model).translator.weight
 
 
 def slow_down(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> None:
@@ -57,32 +57,34 @@ def slow_down(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> None:
             group["params"] = others
             optimizer.add_param_group(own)
             return
+    raise ValueError("the optimizer does not train the exit translator")
 
 
-def _own_norm(peft_model: nn.Module) -> Any:
+def own_norm(peft_model: nn.Module) -> Any:
+    """The drafts' own final norm, beside the frozen model's."""
     base: Any = peft_model.get_base_model()  # type: ignore[operator]
     return base.model.norm.modules_to_save["default"]
 
 
 class _Moments:
-    """Sums of ``x x^T [H, H]`` and ``x y^T [H, H]`` over positions."""
+    """Sums of ``x x^T [H, H]`` and ``x (y - x)^T [H, H]`` over positions."""
 
     def __init__(self, size: int, device: torch.device) -> None:
-        # Apple's and some other accelerators have no float64; the solve is on the CPU.
-        self.xx, self.xy = torch.zeros(2, size, size, device=device)
+        self.sums = torch.zeros(2, size, size, dtype=torch.float64, device=device)
         self.num_tokens = 0
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        x, y = x.float(), y.float()
-        self.xx += x.T @ x
-        self.xy += x.T @ y
+        x, y = x.double(), y.double()
+        self.sums[0] += x.T @ x
+        self.sums[1] += x.T @ (y - x)
         self.num_tokens += len(x)
 
     def solve(self) -> torch.Tensor:
-        """``[H, H]``, for ``y ~ W x``."""
-        xx, xy = self.xx.cpu().double(), self.xy.cpu().double()
-        xx += _RIDGE * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype)
-        return torch.linalg.solve(xx, xy).T
+        """``W [H, H]``, for ``y ~ W x``; what data do not tell is the identity's."""
+        xx, difference = self.sums
+        identity = torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+        xx = xx + (_RIDGE * xx.diagonal().mean() + _SMALLEST) * identity
+        return torch.linalg.solve(xx, difference).T + identity
 
 
 @torch.no_grad()
@@ -92,40 +94,43 @@ def fit_translator(trainer: DraftTrainer) -> int:
     Returns:
         The number of tokens that it was fitted to.
     """
-    norm = _own_norm(trainer.model)  # type: ignore[arg-type]
+    norm = own_norm(trainer.model)  # type: ignore[arg-type]
     size = norm.weight.numel()
     moments = _Moments(size, norm.weight.device)
-    with torch.random.fork_rng():  # Training draws what it would draw without.
-        _collect(trainer, norm, moments)
+    _collect(trainer, norm, moments)
+    moments.sums = trainer.accelerator.reduce(moments.sums, reduction="sum")
     norm.translator.weight.copy_(moments.solve())
-    return moments.num_tokens
+    counted = torch.tensor(moments.num_tokens, device=moments.sums.device)
+    return int(trainer.accelerator.reduce(counted, reduction="sum"))
 
 
 def _collect(trainer: DraftTrainer, norm: Any, moments: _Moments) -> None:
-    size = norm.weight.numel()
-    for batch in trainer.get_train_dataloader():
-        inputs = {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
+    """Add samples that are spread over the data, each rank its own."""
+    args, samples = trainer.args, trainer.train_dataset
+    order = np.random.default_rng(args.seed).permutation(len(samples))  # type: ignore[arg-type]
+    own = order[args.process_index :: args.world_size].tolist()
+    wanted = TOKENS_A_DIMENSION * norm.weight.numel() / args.world_size
+    size = args.per_device_train_batch_size
+    for start in range(0, len(own), size):
+        rows = [samples[row] for row in own[start : start + size]]  # type: ignore[index]
+        batch = trainer.data_collator(rows)
+        inputs = {name: tensor.to(args.device) for name, tensor in batch.items()}
         states = _exit_states(trainer, inputs)
         positions = counted_positions(shifted_labels(inputs["labels"], {}))
         normed = type(norm).forward(norm, states.flatten(0, 1)[positions])
         moments.add(normed, trainer.target.states[positions])
-        if moments.num_tokens >= TOKENS_A_DIMENSION * size:
+        if moments.num_tokens >= wanted:
             break
 
 
 def _exit_states(trainer: DraftTrainer, inputs: dict[str, Any]) -> torch.Tensor:
     """``[B, T, H]``: what the frozen model's layer E-1 says; its last states are the target's."""
     states: list[torch.Tensor] = []
-
-    def around(
-        layer: int, call: Callable[..., torch.Tensor], state: torch.Tensor, **kwargs: Any
-    ) -> torch.Tensor:
-        output = call(state, **kwargs)
-        if layer == trainer.recipe.exit_layer - 1:
-            states.append(output)
-        return output
-
-    with trainer.accelerator.autocast(), around_layers(trainer.causal_lm, around):
+    layer: Any = trainer.causal_lm.model.layers[trainer.recipe.exit_layer - 1]  # type: ignore[index,union-attr]
+    hook = layer.register_forward_hook(lambda _layer, _args, output: states.append(output))
+    try:
         trainer.run_target(trainer.model, inputs)  # type: ignore[arg-type]
-    trainer.target.kv.forget()
+    finally:
+        hook.remove()
+        trainer.target.kv.forget()
     return states[0]
