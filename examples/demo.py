@@ -53,7 +53,7 @@ QUESTIONS = {
     "explanation": "Why is the sky blue? Explain it to a child.",
     "code": "Write a Python function that returns the n-th Fibonacci number.",
     "arithmetic": "A train goes 60 km in one hour. How far does it go in 3 hours? Explain.",
-    "rewriting": "Rewrite this politely: Send me the report now, I have no time for excuses.",
+    "list": "Give me five ideas for a birthday party of children.",
     "story": "Write a short story about a lighthouse keeper who finds a bottle on the beach.",
 }
 STEP_STYLES = ("", "green")
@@ -247,14 +247,17 @@ def shown_answer(prompt: Prompt, answer: Answer) -> Panel:
     return Panel(text, title=f"{prompt.kind} (dim: the question; a colour: tokens of one step)")
 
 
-def comparison(case: Case, equal: list[bool], plain: list[Answer], skip: list[Answer]) -> Table:
+def comparison(
+    case: Case, equal: list[bool], plain: list[Answer], skip: list[Answer], reuses: bool
+) -> Table:
+    reused = ["verify steps reused / all"] if reuses else []  # A twin's verification runs all.
     table = Table(title=f"Plain vLLM and LayerSkip, greedy, one at a time, {case.timed_dtype}")
     table.add_column("question")
     for column in (
         f"tokens equal ({case.exact_dtype})",
         "acceptance length",
         "acceptance by position",
-        "verify steps reused / all",
+        *reused,
         "plain tok/s",
         "LayerSkip tok/s",
     ):
@@ -268,7 +271,7 @@ def comparison(case: Case, equal: list[bool], plain: list[Answer], skip: list[An
             "yes" if same else "NO",
             f"{counters.acceptance_length:.2f}",
             " ".join(f"{rate:.0%}" for rate in counters.acceptance_rates),
-            f"{counters.num_verify_steps_reused} / {num_verify_steps}",
+            *[f"{counters.num_verify_steps_reused} / {num_verify_steps}"] * reuses,
             f"{one.tokens_per_second:.1f}",
             f"{other.tokens_per_second:.1f}",
         )
@@ -284,11 +287,12 @@ def compare(case: Case, console: Console) -> bool:
     num, (one, other) = len(case.prompts), ("plain vLLM", "vLLM with LayerSkip")
     exact: dict[str, list[Answer]] = {}
     timed: dict[str, list[Answer]] = {}
-    description, draft_bytes = "", 0
+    config: Any = None
+    draft_bytes = 0
     for dtype in dict.fromkeys((case.exact_dtype, case.timed_dtype)):
-        for name, config in ((one, None), (other, case.request)):
+        for name, asked in ((one, None), (other, case.request)):
             say(console, f"{name}, {dtype}: starting, and one answer to warm up")
-            engine = Engine(case, dtype, config)
+            engine = Engine(case, dtype, asked)
             if dtype == case.exact_dtype:
                 say(console, f"{name}, {dtype}: answering {num} questions together")
                 exact[name] = engine.answer(case.prompts)
@@ -297,9 +301,9 @@ def compare(case: Case, console: Console) -> bool:
                 timed[name] = []
                 for prompt in case.prompts:
                     timed[name] += engine.answer([prompt])
-                    if config is not None:
+                    if asked is not None:
                         console.print(shown_answer(prompt, timed[name][-1]))
-                description, draft_bytes = repr(engine.config), engine.draft_bytes
+                config, draft_bytes = engine.config, engine.draft_bytes
             engine.stop()
             del engine
     equal = [a.token_ids == b.token_ids for a, b in zip(exact[one], exact[other], strict=True)]
@@ -309,8 +313,9 @@ def compare(case: Case, console: Console) -> bool:
         if not same:
             console.print(Panel(Text(answer.text), title=f"{prompt.kind}: plain vLLM", style="red"))
             console.print(Panel(Text(told.text), title=f"{prompt.kind}: LayerSkip", style="red"))
-    console.print(comparison(case, equal, timed[one], timed[other]))
-    show_totals(case, console, timed[one], timed[other], description, draft_bytes)
+    reuses = config.reuse_exit_states
+    console.print(comparison(case, equal, timed[one], timed[other], reuses))
+    show_totals(case, console, timed[one], timed[other], repr(config), draft_bytes)
     console.print(
         f"{sum(equal)} of {num} answers have exactly plain vLLM's tokens ({case.exact_dtype})."
     )
@@ -385,7 +390,8 @@ def main() -> None:
     if not is_good:
         sys.exit(1)
     if args.model != EMBEDDED:
-        console.print(f"Serve it: {serve_command(Path(case.model))}", soft_wrap=True)
+        command = serve_command(Path(case.model))
+        console.print(f"Serve it: {command}", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

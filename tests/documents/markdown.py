@@ -13,8 +13,8 @@ _FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$", re.M | re.S
 )
 _LINK = re.compile(r"\]\(([^()\s]+)\)")
-NEEDS = re.compile(r"# needs (a GPU|GPUs|a cluster)\b")
-"""First line of a block that a machine without GPUs cannot run."""
+NEEDS = re.compile(r"# needs (a GPU|GPUs|a cluster|an hour)\b")
+"""First line of a block that a machine without GPUs cannot run, or not within minutes."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Block:
     text: str
 
     @property
-    def needs_gpus(self) -> bool:
+    def is_left_out(self) -> bool:
+        """Whether its first line says that it needs more than a CPU and minutes."""
         return NEEDS.match(self.text) is not None
 
     @property

@@ -17,7 +17,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from checkpoints import chatting
 from markdown import ROOT, Block
+
+from vllm_layerskip.example_model.pinned import NAME
 
 CHECKPOINT = ROOT / "vllm_layerskip" / "checkpoint"
 TOOLS = Path(__file__).parent / "tools"
@@ -51,6 +54,8 @@ def make(folder: Path) -> Path:
     (folder / "vllm_layerskip").symlink_to(ROOT / "vllm_layerskip")
     for model in ("MODEL", "path/to/checkpoint"):
         shutil.copytree(CHECKPOINT, folder / model)
+    # Stands in for the model that `vllm-layerskip example-model` would get from a package index.
+    chatting(folder / ".cache" / "vllm-layerskip" / NAME)
     (folder / "results").mkdir()
     agreement = ROOT / "docs" / "tuning" / "embedded-cpu" / "choice" / "agreement.npz"
     shutil.copy(agreement, folder / "results")
@@ -91,8 +96,10 @@ def environment(folder: Path) -> dict[str, str]:
         for tool in tools.iterdir():
             tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     scripts = Path(sys.executable).parent
+    # With HOME, below: caches are those of the sandbox.
+    own = {name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"}
     return {
-        **os.environ,
+        **own,
         "PATH": f"{tools}:{scripts}:{os.environ['PATH']}",
         "DOCUMENTS_PYTHON": sys.executable,
         "DOCUMENTS_ENGINE_TESTS": str(ROOT / "tests" / "engine"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run every command of the documents, as it is written, except those that need GPUs.
+"""Run every command of the documents, as it is written, except those that need GPUs or hours.
 
 The blocks that are quick run by default, the rest with ``-m slow``. A new block is slow until it is
 listed here.
@@ -35,7 +35,7 @@ BLOCKS = [
     pytest.param(block, marks=_marks(block), id=str(block))
     for block in all_blocks()
     if block.language in ("bash", "python")
-    and not block.needs_gpus
+    and not block.is_left_out
     and not block.is_file
     and block.document not in ELSEWHERE
 ]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 import yaml
 from markdown import ROOT, all_blocks, anchors, blocks, documents, links
 from sandbox import SHORTER
+
+from vllm_layerskip.commands.main import build_parser
 
 DOCUMENTS = documents()
 
@@ -66,6 +69,17 @@ def test_blocks_are_what_they_say(block):
             assert "$ " not in block.text, "a command: say bash"
         case _:
             pytest.fail(f"{block}: {block.language} is not checked by anything")
+
+
+LEFT_OUT = [block for block in all_blocks() if block.is_left_out]
+
+
+@pytest.mark.parametrize("block", LEFT_OUT, ids=str)
+def test_options_of_commands_that_nobody_runs_exist(block):
+    for line in block.text.replace("\\\n", " ").split("\n"):
+        if line.startswith("vllm-layerskip "):
+            words = shlex.split(line, comments=True)[1:]
+            build_parser().parse_args([word for word in words if word != "..."])
 
 
 def test_what_is_shortened_stands_in_a_document():

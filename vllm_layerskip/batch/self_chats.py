@@ -337,9 +337,9 @@ def _no_chats(tries: Tries, settings: SelfChatsSettings) -> str:
             f"{tries.drops()}. {tries.remedy()}"
         )
     return (
-        f"{_early_end(settings.max_minutes)} before there was a chat ({tries.num_questions} "
-        f"questions, dropped: {tries.drops()}). The same command goes on from there; give it more "
-        "time."
+        f"{_early_end(settings.max_minutes)} before there was a chat (questions: "
+        f"{tries.num_questions}, dropped: {tries.drops()}). The same command goes on "
+        "from there; give it more time."
     )
 
 

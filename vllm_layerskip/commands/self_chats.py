@@ -7,9 +7,9 @@ an earlier one or are in a file of --exclude are dropped, and others are sampled
 --num-chats (at most 100 questions, and 10 for each chat so far). Answers that --max-answer-tokens
 cut off are dropped, too.
 
-A run that was interrupted goes on where it was: give the same command again. So
-does one that --max-minutes ended. With another --num-chats, --exclude or --keep-unfinished it keeps
-what the model wrote, and adds what is missing.
+A run that was interrupted, or that --max-minutes ended, goes on where it was: give the same command
+again. With another --num-chats, --exclude or --keep-unfinished it keeps what the model wrote, and
+adds what is missing.
 """
 
 from __future__ import annotations

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, os.environ["DOCUMENTS_ENGINE_TESTS"])
-from servers import Server  # noqa: E402
+from servers import MODEL_NAME, Server  # noqa: E402
 
 
 def main() -> None:
     model, *flags = sys.argv[1:]
+    if "--served-model-name" in flags:  # The last one counts.
+        flags.insert(flags.index("--served-model-name") + 1, MODEL_NAME)
     server = Server(Path(model), flags, Path("server.log"))
     try:
         answer = server.complete("def main():\n", max_tokens=24, ignore_eos=True)

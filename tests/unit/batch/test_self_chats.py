@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -346,6 +347,84 @@ def test_a_model_that_repeats_itself_gives_what_it_can(run):
     assert summary.num_questions == 100 + 2 * 10
     assert summary.note.startswith("Only 2 of 3 chats: sampling ended after 120 questions")
     assert "Raise --temperature" in summary.note
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The job's clock: a minute for each answer of a ``Model``."""
+    now = SimpleNamespace(minutes=0)
+    fake = SimpleNamespace(perf_counter=lambda: 60.0 * now.minutes)
+    monkeypatch.setattr(self_chats, "time", fake)
+    answer = Model.answer
+
+    def in_a_minute(model, row):
+        now.minutes += 1
+        return answer(model, row)
+
+    monkeypatch.setattr(Model, "answer", in_a_minute)
+    return now
+
+
+def test_time_ends_it_with_the_chats_that_are_there(run, clock, tmp_path):
+    """Nothing was dropped: there is no reason to tell but the time."""
+    model = Model(CHAT, [f"question {number}" for number in range(300)])
+    summary, rows = run(model, 200, max_minutes=150)
+    assert 0 < summary.num_chats == len(rows) < 100
+    assert len(model.asked) == 151, "the first answer after the time is the last one"
+    assert summary.note == (
+        f"Only {len(rows)} of 200 chats: the time of --max-minutes 150 was over. The same command "
+        "goes on from there."
+    )
+    assert summary.num_questions == sum(index % 2 == 0 for index in model.asked)
+    assert summary.dropped == {}
+    assert (tmp_path / "chats.jsonl.run" / "answers.jsonl").exists()
+    assert json.loads((tmp_path / "chats.jsonl.run" / "summary.json").read_text())["note"]
+
+
+def test_with_drops_it_is_the_time_all_the_same(run, clock):
+    summary, _ = run(Model(CHAT, QUESTIONS), 10, max_minutes=12)
+    assert summary.dropped
+    assert "the time of --max-minutes 12 was over" in summary.note
+    assert "sampling ended" not in summary.note
+
+
+@pytest.mark.parametrize("max_minutes", [4, 9, 14])
+def test_a_run_that_the_time_ended_goes_on(max_minutes, run, clock):
+    ended = Model(CHAT, QUESTIONS, {"d": cut})
+    run(ended, 6, max_minutes=max_minutes)
+    goes_on = Model(CHAT, QUESTIONS, {"d": cut}, order=random.Random(5))
+    summary, rows = run(goes_on, 6, max_minutes=90)
+    assert questions_of(rows) == ["a", "b", "c", "e", "f", "g"]
+    assert (summary.num_questions, summary.note) == (12, None)
+    assert not set(ended.asked) & set(goes_on.asked)
+
+
+def test_no_chat_in_time(run, clock, tmp_path):
+    model = Model(CHAT, [cut, "one"])
+    with pytest.raises(UserError) as raised:
+        run(model, 4, max_minutes=0.5)
+    assert str(raised.value).startswith(
+        "the time of --max-minutes 0.5 was over before there was a chat (questions: 1, dropped: "
+    )
+    assert not (tmp_path / "chats.jsonl").exists()
+    _, rows = run(Model(CHAT, [cut, "one"]), 1)
+    assert questions_of(rows) == ["one"], "what was written is kept"
+
+
+def test_a_model_that_is_given_up_with_the_last_answer_in_time(run, clock):
+    """The time is over, and more of it would give nothing."""
+    with pytest.raises(UserError, match="none of 100 questions gave a chat"):
+        run(Model(CHAT, [cut]), 1000, max_minutes=99.5)
+
+
+def test_an_engine_that_ends_early(run):
+    class Ends(Model):
+        def __call__(self, rows, settings):
+            yield from islice(super().__call__(rows, settings), 9)
+
+    summary, rows = run(Ends(CHAT, QUESTIONS), 9)
+    assert rows
+    assert summary.note.startswith(f"Only {len(rows)} of 9 chats: the engine ended. The same")
 
 
 def test_a_whole_test_set_of_the_same_seed_is_passed_over(run, tmp_path):

@@ -151,17 +151,17 @@ class TestSteps:
 
 
 class TestSelfChats:
-    def test_time_ends_it_with_what_there_is(self):
-        def answers(rows, settings):
-            for row in rows:
-                time.sleep(0.02)
-                yield row + settings
-
-        soon = self_chats.until(time.monotonic() + 0.1, answers)
-        found = list(soon(range(1000), settings=1))
-        assert 1 <= len(found) < 20
-        assert found[0] == 1
-        assert list(self_chats.until(time.monotonic() + 60, answers)(range(3), 1)) == [1, 2, 3]
+    def test_the_command_ends_in_time(self, tmp_path, monkeypatch):
+        output = tmp_path / "chats.jsonl"
+        arguments = ["--time-limit", "75", "--output", str(output), "--", "--num-chats", "9"]
+        monkeypatch.setattr(sys, "argv", ["self_chats.py", *arguments])
+        given = []
+        monkeypatch.setattr(command, "main", lambda argv: given.append(argv) or 7)
+        assert self_chats.main() == 7
+        ((*rest, option, minutes, wanted, count),) = given
+        assert rest == ["self-chats", "--output", str(output)]
+        assert (option, wanted, count) == ("--max-minutes", "--num-chats", "9")
+        assert float(minutes) == pytest.approx(1, abs=0.1), "15 s are for what comes behind"
 
     def test_what_is_there_is_not_made_again(self, tmp_path, monkeypatch, capsys):
         output = tmp_path / "chats.jsonl"

@@ -44,12 +44,14 @@ def test_options_reach_the_library(make, tmp_path):
     settings = make(
         "--temperature=0.9", "--top-p=0.8", "--max-question-tokens=7", "--max-answer-tokens=9",
         "--answer-temperature=0.1", "--system=Be brief.", "--seed=5", "--exclude", "a", "b",
-        "--keep-unfinished", "--overwrite", "--max-num-seqs=2", "--tensor-parallel-size=2",
-        "--dtype=bfloat16", "--max-model-len=99", '--engine-args={"enforce_eager": true}',
+        "--keep-unfinished", "--overwrite", "--max-minutes=1.5", "--max-num-seqs=2",
+        "--tensor-parallel-size=2", "--dtype=bfloat16", "--max-model-len=99",
+        '--engine-args={"enforce_eager": true}',
     )  # fmt: skip
     assert settings.sampling == Sampling(0.9, 0.8, 7, 9, 0.1, "Be brief.", 5)
     assert (settings.output, settings.num_chats) == (tmp_path / "c.jsonl", 3)
     assert (settings.exclude, settings.keep_unfinished, settings.overwrite) == (["a", "b"], 1, 1)
+    assert settings.max_minutes == 1.5
     assert settings.engine.speculative_config() is None
     assert settings.engine.llm_arguments() == {
         "dtype": "bfloat16",
@@ -64,6 +66,7 @@ def test_defaults(make):
     settings = make()
     assert settings.sampling == Sampling(1.0, 1.0, 256, 512, 0.0, None, 0)
     assert settings.engine.llm_arguments() == {"dtype": "float32"}
+    assert settings.max_minutes is None
 
 
 def test_what_is_printed(make, tmp_path, capsys):

@@ -246,7 +246,7 @@ class TestAFolderThatIsThere:
     def test_a_disk_that_is_full_for_the_weights(self, pip, tmp_path):
         """By a limit of the system, so that the library itself says it."""
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        pip.before = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+        pip.before = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         try:
             with pytest.raises(UserError, match=r"FOLDER .*File too large \(.*model.safetensors\)"):
                 made(tmp_path / "new")

@@ -81,12 +81,9 @@ def test_a_folder_takes_the_place_of_an_older_one(tmp_path):
 
 
 def test_what_a_crash_between_the_two_steps_leaves_goes_with_the_next_call(tmp_path, monkeypatch):
-    def folders():
-        for name, content in (("new", "2"), ("model", "1")):
-            (tmp_path / name).mkdir(exist_ok=True)
-            (tmp_path / name / "weights").write_text(content)
-
-    folders()
+    for name, content in (("new", "2"), ("model", "1")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(content)
     real, steps = os.replace, []
 
     def crash(*paths):
@@ -95,9 +92,10 @@ def test_what_a_crash_between_the_two_steps_leaves_goes_with_the_next_call(tmp_p
             raise KeyboardInterrupt
         real(*paths)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr(os, "replace", crash)
-        replace_folder(tmp_path / "new", tmp_path / "model")
+        with pytest.raises(KeyboardInterrupt):
+            replace_folder(tmp_path / "new", tmp_path / "model")
     assert names(tmp_path) == [".unfinished-model-outdated", "new"]
     assert (tmp_path / ".unfinished-model-outdated" / "weights").read_text() == "1"
     with pytest.raises(FileNotFoundError):
