@@ -41,7 +41,7 @@ CLOSES = {"llama3": "<|eot_id|>", "mistral": "[/INST]", "gemma": "<end_of_turn>"
 """What ends a user's turn, where it is not <|im_end|>."""
 
 
-@pytest.mark.parametrize("name", TEMPLATES.keys() - {"plain"})
+@pytest.mark.parametrize("name", sorted(TEMPLATES.keys() - {"plain"}))
 def test_a_question_stands_between_its_prefix_and_its_close(name):
     tokenizer = tokenizer_of(TEMPLATES[name])
     turn = user_turn(tokenizer)
