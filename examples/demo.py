@@ -346,6 +346,12 @@ def show_totals(
         f"drafting adds {draft_bytes / 1e6:.0f} MB."
     )
     console.print(f"{description} on {current_platform.device_name or 'a CPU'}")
+    if current_platform.is_cpu():
+        console.print(
+            "On a CPU tokens and acceptance are real; a model as small as this one has steps that "
+            "are mostly Python's, so the ratio of the two speeds says little of a larger model, "
+            "and nothing of a GPU. See docs/results.md and docs/gpu.md."
+        )
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from vllm_layerskip.batch.self_chats_tries import (
     FIRST_TRIES,
     TRIES_PER_CHAT,
     Asked,
+    Sampling,
     Tries,
     key_of,
 )
@@ -44,20 +45,6 @@ from vllm_layerskip.files.turns import is_text, turns_of
 from vllm_layerskip.files.whole import whole_file, write_json
 
 EXCLUDE = "--exclude"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How questions and answers are sampled."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_question_tokens: int = 256
-    max_answer_tokens: int = 512
-    answer_temperature: float = 0.0
-    system: str | None = None
-    """A system prompt, which the chats then begin with."""
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,7 +117,8 @@ def self_chats(settings: SelfChatsSettings) -> Summary:
             settings.num_chats,
             known=lambda index: journal.answer(index) if index in journal.offsets else None,
             is_shown=lambda question, answer: (
-                _shown(tokenizer, _messages(question, answer, asked.system), answer) is not None
+                _shown(tokenizer, _messages(question, answer, asked.sampling.system), answer)
+                is not None
             ),
             excluded=excluded,
             keep_unfinished=settings.keep_unfinished,
@@ -219,7 +207,7 @@ def _asked(tokenizer: Any, settings: SelfChatsSettings) -> Asked:
             "checkpoint whose template has a token at the end of a user's turn"
             f"{', or leave --system out' if system else ''}."
         ) from None
-    return Asked(turn, **asdict(sampling))
+    return Asked(turn, sampling)
 
 
 def excluded_keys(paths: Sequence[str]) -> frozenset[str]:
@@ -323,7 +311,7 @@ def _row(tries: Tries, number: int, answer: Answer, tokenizer: Any) -> dict[str,
     said = answer.text or ""
     if answer.finish_reason != "stop":
         said = said.rstrip("\ufffd")  # A character that was cut, too.
-    messages = _messages(tries.questions[number], said, tries.asked.system)
+    messages = _messages(tries.questions[number], said, tries.asked.sampling.system)
     text = _shown(tokenizer, messages, said) or ""
     if answer.finish_reason != "stop":  # What closes the turn is not the model's.
         text = text[: text.rindex(said.strip()) + len(said.strip())]

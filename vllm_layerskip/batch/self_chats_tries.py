@@ -51,26 +51,34 @@ REMEDIES: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Of which kind the requests are."""
+class Sampling:
+    """How questions and answers are sampled."""
 
-    turn: UserTurn
     temperature: float = 1.0
     top_p: float = 1.0
     max_question_tokens: int = 256
     max_answer_tokens: int = 512
     answer_temperature: float = 0.0
     system: str | None = None
+    """A system prompt, which the chats then begin with."""
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Of which kind the requests are."""
+
+    turn: UserTurn
+    sampling: Sampling = field(default_factory=Sampling)
 
     def question_row(self, number: int) -> PromptRow:
         """The request for a try's question."""
         index = 2 * number
         params = merged(
             {
-                "temperature": self.temperature,
-                "top_p": self.top_p,
-                "max_tokens": self.max_question_tokens,
+                "temperature": self.sampling.temperature,
+                "top_p": self.sampling.top_p,
+                "max_tokens": self.sampling.max_question_tokens,
                 "stop_token_ids": [self.turn.close],
                 "seed": self._seed(index),
             },
@@ -81,20 +89,20 @@ class Asked:
     def answer_row(self, number: int, question: str) -> PromptRow:
         """The request for the answer to a try's question, as ``generate`` would make it."""
         index = 2 * number + 1
-        seed = self._seed(index) if self.answer_temperature else None
+        seed = self._seed(index) if self.sampling.answer_temperature else None
         params = merged(
             {
-                "temperature": self.answer_temperature,
-                "max_tokens": self.max_answer_tokens,
+                "temperature": self.sampling.answer_temperature,
+                "max_tokens": self.sampling.max_answer_tokens,
                 "seed": seed,
             },
             None,
         )
-        messages = tuple(first_messages(question, self.system))
+        messages = tuple(first_messages(question, self.sampling.system))
         return PromptRow(index, messages=messages, sampling_params=params)
 
     def _seed(self, index: int) -> int:
-        digest = hashlib.sha256(f"{self.seed}/{index}".encode()).digest()
+        digest = hashlib.sha256(f"{self.sampling.seed}/{index}".encode()).digest()
         return int.from_bytes(digest[:7])
 
     def question_of(self, answer: Answer) -> tuple[str, str | None]:

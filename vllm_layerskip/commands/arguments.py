@@ -23,6 +23,12 @@ def checkpoint(text: str) -> str:
     return text
 
 
+def add_dtype_and_device(group: argparse._ArgumentGroup) -> None:
+    """The options of engines that have these defaults."""
+    group.add_argument("--dtype", default=None, help="Default: auto; float32 on a CPU.")
+    group.add_argument("--device", choices=("cuda", "cpu"), help="Default: cuda if there is a GPU.")
+
+
 def engine_args(text: str) -> dict[str, Any]:
     """The type of ``--engine-args``, a JSON object of arguments of vLLM's ``LLM``.
 

@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_layerskip.commands.arguments import checkpoint, engine_args
+from vllm_layerskip.commands.arguments import add_dtype_and_device, checkpoint, engine_args
 from vllm_layerskip.config.cli_args import exit_layer_argument
 from vllm_layerskip.config.options import AUTO
 from vllm_layerskip.errors import UserError, needs_extra
@@ -96,9 +96,8 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="Plain vLLM: the same answers, for comparison.",
     )
     group.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")
-    group.add_argument("--dtype", default=None, help="Default: auto; float32 on a CPU.")
+    add_dtype_and_device(group)
     group.add_argument("--max-model-len", type=int, metavar="N", help="Default: the model's.")
-    group.add_argument("--device", choices=("cuda", "cpu"), help="Default: cuda if there is a GPU.")
     group.add_argument(
         "--engine-args", type=engine_args, default={}, metavar="JSON",
         help='Further arguments of vLLM\'s LLM, such as \'{"max_num_seqs": 64}\'.',

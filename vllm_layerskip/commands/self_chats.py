@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_layerskip.commands.arguments import checkpoint, engine_args
+from vllm_layerskip.commands.arguments import add_dtype_and_device, checkpoint, engine_args
 from vllm_layerskip.errors import needs_extra
 
 if TYPE_CHECKING:
@@ -94,9 +94,8 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="Requests that run at once. Default: vLLM's.",
     )  # fmt: skip
     group.add_argument("--tensor-parallel-size", type=_integer(1, 2**20), default=1, metavar="N")
-    group.add_argument("--dtype", default=None, help="Default: auto; float32 on a CPU.")
+    add_dtype_and_device(group)
     group.add_argument("--max-model-len", type=int, metavar="N", help="Default: the model's.")
-    group.add_argument("--device", choices=("cuda", "cpu"), help="Default: cuda if there is a GPU.")
     group.add_argument(
         "--engine-args", type=engine_args, default={}, metavar="JSON",
         help='Further arguments of vLLM\'s LLM, such as \'{"gpu_memory_utilization": 0.8}\'.',

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_layerskip.commands.arguments import checkpoint, engine_args
+from vllm_layerskip.commands.arguments import add_dtype_and_device, checkpoint, engine_args
 from vllm_layerskip.errors import UserError, needs_extra
 from vllm_layerskip.tuning.settings import (
     ALL,
@@ -110,8 +110,7 @@ def _add_prompts(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_engine(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--dtype", default=None, help="Default: auto; float32 on a CPU.")
-    group.add_argument("--device", choices=("cuda", "cpu"), help="Default: cuda if there is a GPU.")
+    add_dtype_and_device(group)
     group.add_argument("--draft-vocab", metavar="FILE", help="As `vllm serve --draft-vocab`.")
     group.add_argument("--enforce-eager", action="store_true", help="No compilation, no graphs.")
     group.add_argument(

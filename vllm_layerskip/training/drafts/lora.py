@@ -62,7 +62,7 @@ def read_tokens(recipe: DraftRecipe, vocab_size: int) -> tuple[int, ...] | None:
 def add_draft_lora(
     model: nn.Module, recipe: DraftRecipe, lora: Mapping[str, Any] | None
 ) -> nn.Module:
-    """Freeze the model and add adapters to layers 0..E-1; a norm, translator, if the recipe does.
+    """Freeze the model; add adapters to layers 0..E-1, and what the recipe wants behind them.
 
     Raises:
         UserError: a value is none of ``peft.LoraConfig``, or names no linear layer.

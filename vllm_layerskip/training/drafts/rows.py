@@ -3,7 +3,7 @@
 
 With a draft vocabulary drafts are compared with the target among its tokens only, as they are
 drafted in the engine. The loss then costs its share of the LM head, which in a small model
-outweighs the layers that draft.
+outweighs the layers that draft. (The target's argmax is that of the whole head: ``loss.py``.)
 
 Shapes: D tokens of the draft vocabulary, N positions.
 """

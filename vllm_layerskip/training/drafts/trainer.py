@@ -17,11 +17,7 @@ from vllm_layerskip.training.drafts.loss import DraftLoss, DraftMeter, TargetPas
 from vllm_layerskip.training.drafts.memory import TargetMemory
 from vllm_layerskip.training.drafts.recipe import DraftRecipe
 from vllm_layerskip.training.drafts.rows import HeadRows
-from vllm_layerskip.training.drafts.translator import (
-    fit_translator,
-    slow_down,
-    translator_weight,
-)
+from vllm_layerskip.training.drafts.translator import fit_translator, own_norm, slow_down
 from vllm_layerskip.training.trainer import check_arguments
 
 
@@ -99,7 +95,7 @@ class DraftTrainer(AtomicSaves):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if is_new and self.recipe.exit_translator:
-            slow_down(optimizer, translator_weight(self.model))
+            slow_down(optimizer, own_norm(self.model).translator.weight)
         return optimizer
 
     def begin(self) -> str:

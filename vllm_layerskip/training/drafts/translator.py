@@ -44,10 +44,6 @@ def add_translator(peft_model: nn.Module) -> None:
     norm.register_forward_hook(lambda module, _args, output: module.translator(output.float()))
 
 
-def translator_weight(peft_model: nn.Module) -> nn.Parameter:
-    return own_norm(peft_model).translator.weight
-
-
 def slow_down(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> None:
     """Give a weight a group of its own, with ``SLOWER`` times the learning rate."""
     for group in list(optimizer.param_groups):
