@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -50,7 +51,11 @@ class Server:
         }
         with log.open("w") as output:
             self.process = subprocess.Popen(
-                command, env=environment, stdout=output, stderr=subprocess.STDOUT
+                command,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         self._wait()
 
@@ -144,7 +149,8 @@ class Server:
         try:
             self.process.wait(timeout=60)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            os.killpg(self.process.pid, signal.SIGKILL)  # The engine's process, too.
+            self.process.wait()
 
     @staticmethod
     def _completion(prompt: str | list[int], body: dict[str, Any]) -> dict[str, Any]:

@@ -74,5 +74,7 @@ def _drafts(names: Sequence[str], from_wheel: bool) -> str:
 ## Draft adapters
 
 {rows}
-Serve with one by `--draft-adapter`. They change the drafts only, never an answer.
+Each folder's README.md has scores and the options to serve with. config.json asks for 4-bit drafts,
+so these are rounded to 4 bits, too, unless `--draft-quantization none` is given. Drafts never
+change an answer.
 {"" if from_wheel else _OTHER_WEIGHTS}"""

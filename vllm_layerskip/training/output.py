@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The finished checkpoint: an ordinary one of transformers, with the ``layerskip`` block."""
+"""The finished checkpoint: an ordinary one of transformers, with the ``layerskip`` block.
+
+Adapters are merged into it, and lie in a folder within it, too: a small file that makes the same
+checkpoint out of its base.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,6 @@ import torch
 from transformers import (
     GenerationConfig,
     PretrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -20,6 +23,9 @@ from vllm_layerskip.files.whole import UNFINISHED, replace_folder
 from vllm_layerskip.training.config import OutputConfig
 from vllm_layerskip.training.model import add_lora, build_empty
 from vllm_layerskip.training.recipe import Recipe
+
+LORA_FOLDER = "lora"
+"""Of the adapters, in the checkpoint's folder."""
 
 
 def layerskip_block(
@@ -52,19 +58,22 @@ def write_checkpoint(
     """Write ``folder``, whole or not at all; an existing one is replaced.
 
     Args:
-        state_dict: all weights; with ``lora`` also those of the adapters, which are merged.
+        state_dict: all weights; with ``lora`` also those of the adapters.
     """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f"{UNFINISHED}-{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
     config.use_cache = True  # The trainer turns it off.
     model = _with_weights(config, state_dict, lora)
+    if lora is not None:
+        _save_adapters(model, unfinished / LORA_FOLDER, dtype)
+        model = model.merge_and_unload()
     _cast_weights(model, dtype)
     model.tie_weights()
     model.config.dtype = dtype
     if generation_config is not None:
         model.generation_config = generation_config
     _make_valid(model.generation_config)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f"{UNFINISHED}-{folder.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
     replace_folder(unfinished, folder)
@@ -74,14 +83,24 @@ def _with_weights(
     config: PretrainedConfig,
     state_dict: Mapping[str, torch.Tensor],
     lora: Mapping[str, Any] | None,
-) -> PreTrainedModel:
-    """The model on the CPU, adapters merged."""
+) -> Any:
+    """The model on the CPU; with ``lora`` peft's, adapters apart."""
     model = build_empty(config)
     if lora is not None:
         model = add_lora(model, lora)
     tensors = {name: tensor.detach().cpu() for name, tensor in state_dict.items()}
     model.load_state_dict(tensors, assign=True)
-    return model if lora is None else model.merge_and_unload()
+    return model
+
+
+def _save_adapters(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    weights = {
+        name: weight.detach().to(dtype)
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    }
+    # The embeddings are the base's; peft would otherwise look the base up to find that out.
+    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
 
 
 def _cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:

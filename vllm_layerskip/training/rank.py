@@ -23,7 +23,6 @@ from vllm_layerskip.training.data import Collator, load_samples
 from vllm_layerskip.training.drafts.lora import check_draft_model
 from vllm_layerskip.training.drafts.recipe import DraftRecipe
 from vllm_layerskip.training.drafts.run import (
-    check_ranks,
     describe,
     make_draft_trainer,
     write_draft,
@@ -109,8 +108,6 @@ def check_run(config: TrainConfig, *, num_ranks: int, resume: bool, overwrite: b
         UserError: as ``train_here``.
     """
     checked = _check(config)
-    if isinstance(config.recipe, DraftRecipe):
-        check_ranks(config.recipe, num_ranks)
     check_folders(config, resume, overwrite)
     checked.load_data()
     checked.start_run(num_ranks, resume)

@@ -38,24 +38,84 @@ def of_mode(records: list[dict], mode: str) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """``gpu_session.sh --tiny first``: what it delivered and what it printed."""
-    folder = tmp_path_factory.mktemp("first")
-    environment = {**os.environ, "PYTHON": sys.executable, "RESULTS": str(folder / "results")}
+def tiny_table(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[object, ...]]:
+    """A table of four modes and two batch sizes, and the arguments that made it."""
+    output = tmp_path_factory.mktemp("table") / "tiny.json"
+    modes = ("plain", "layerskip", "draft-model", "layerskip-no-reuse")
+    table = (*CPU, "--preset", "tiny", "--batch-sizes", 1, 2, "--modes", *modes)
+    run_module("decode.compare", "--output", output, *table)
+    return output, table
+
+
+def test_a_table_its_report_and_resuming_it(tiny_table):
+    output, table = tiny_table
+    records = load_records(output)
+    assert [(record["mode"], record["batch_size"]) for record in records] == [
+        (mode, size) for mode in table[table.index("--modes") + 1 :] for size in (1, 2)
+    ]
+    for record in of_mode(records, "layerskip"):
+        drafts = record["speculation"]
+        assert drafts["acceptance_length"] == pytest.approx(3.0, abs=0.25)
+        assert drafts["num_verify_steps_reused"] > 0
+        assert record["engine"]["memory"]["exit_state_bytes"] == 2 * 4 * 2 * 64 * 4
+    for record in of_mode(records, "layerskip-no-reuse"):
+        assert record["speculation"]["num_verify_steps_reused"] == 0
+        assert record["speculation"]["num_accepted_tokens"] > 0
+    for record in of_mode(records, "draft-model"):
+        assert record["speculation"]["acceptance_length"] == pytest.approx(3.0, abs=0.25)
+    for record in records:
+        (run,) = record["runs"]
+        tokens_per_step = 1 if record["mode"] == "plain" else 3
+        expected = tokens_per_step * record["batch_size"] * run["num_steps"]
+        assert run["num_tokens"] == pytest.approx(expected, rel=0.25)
+        assert record["provenance"]["versions"]["vllm-layerskip"]
+        command = record["provenance"]["command"]
+        assert command.startswith("python -m benchmarks.decode.compare --output ")
+    report = run_module("pages.report", output).stdout
+    assert "| 16 | 2 | layerskip | E=2 K=4 |" in report
+    assert "torch.compile and JIT warm-up are off" in report
+
+    before = output.read_bytes()
+    process = run_module("decode.compare", *table, "--output", output, "--resume")
+    assert output.read_bytes() == before
+    assert "x plain" in process.stdout
+
+
+def test_modes_that_take_turns(tmp_path):
+    """Three engines alive at once, one of them with a twin, and each cell in both rounds."""
+    output = tmp_path / "tiny.json"
+    table = (*CPU, "--modes", "plain", "layerskip", "--drafts", "2:4", "2:4:int8")
+    process = run_module("decode.compare", *table, "--interleave", 2, "--output", output)
+    records = load_records(output)
+    assert [(r["batch_size"], r["settings"]["round"], r["mode"]) for r in records] == [
+        (size, number, mode)
+        for size in (1, 2)
+        for number in (1, 2)
+        for mode in ("plain", "layerskip", "layerskip")
+    ]
+    for record in of_mode(records, "layerskip"):
+        is_twin = record["settings"]["draft_quantization"] == "int8"
+        assert record["speculation"]["num_accepted_tokens"] > 0
+        assert (record["speculation"]["num_verify_steps_reused"] > 0) is not is_twin
+    assert len(re.findall(r"layerskip │ E=2 K=4( int8)? +│", process.stdout)) == 4
+    report = run_module("pages.report", output).stdout
+    assert "medians over 2 rounds A B A B with engines that stay alive and take turns" in report
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1600)
+def test_the_first_session_brings_every_number(tmp_path):
+    """``gpu_session.sh --tiny first``: what it delivers and what it prints."""
+    environment = {**os.environ, "PYTHON": sys.executable, "RESULTS": str(tmp_path / "results")}
     # As on a GPU, the programs decide whether engines get processes of their own.
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     process = subprocess.run(
         ["bash", str(ROOT / "benchmarks" / "gpu_session.sh"), "--tiny", "first"],
         capture_output=True, text=True, check=False, timeout=1500,
-        env=environment | {"OUT": str(folder / "out")},
+        env=environment | {"OUT": str(tmp_path / "out")},
     )  # fmt: skip
     assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-3000:]
-    return folder / "out", process.stdout
-
-
-@pytest.mark.timeout(1600)
-def test_the_first_session_brings_every_number(rehearsal):
-    out, printed = rehearsal
+    out, printed = tmp_path / "out", process.stdout
     outcomes = json.loads((out / "session.json").read_text())["outcomes"]
     assert [outcome["name"] for outcome in outcomes] == [
         "gpu", "exact", "demo", "7b", "7b-peers", "8b"
@@ -86,69 +146,10 @@ def test_the_first_session_brings_every_number(rehearsal):
     assert "Parts: gpu ok; exact ok; demo ok; 7b ok; 7b-peers ok; 8b ok." in summary
 
 
-@pytest.mark.timeout(1600)
-def test_a_table_its_report_and_resuming_it(rehearsal, tmp_path):
-    output = tmp_path / "tiny.json"
-    shutil.copy(rehearsal[0] / "first-7b.json", output)
-    records = load_records(output)
-    modes = ("plain", "layerskip", "draft-model", "layerskip-no-reuse")
-    assert [(record["mode"], record["batch_size"]) for record in records] == [
-        (mode, size) for mode in modes for size in (1, 2)
-    ]
-    for record in of_mode(records, "layerskip"):
-        drafts = record["speculation"]
-        assert drafts["acceptance_length"] == pytest.approx(3.0, abs=0.25)
-        assert drafts["num_verify_steps_reused"] > 0
-        assert record["engine"]["memory"]["exit_state_bytes"] == 2 * 4 * 2 * 64 * 4
-    for record in of_mode(records, "layerskip-no-reuse"):
-        assert record["speculation"]["num_verify_steps_reused"] == 0
-        assert record["speculation"]["num_accepted_tokens"] > 0
-    for record in of_mode(records, "draft-model"):
-        assert record["speculation"]["acceptance_length"] == pytest.approx(3.0, abs=0.25)
-    for record in records:
-        (run,) = record["runs"]
-        tokens_per_step = 1 if record["mode"] == "plain" else 3
-        expected = tokens_per_step * record["batch_size"] * run["num_steps"]
-        assert run["num_tokens"] == pytest.approx(expected, rel=0.25)
-        assert record["provenance"]["versions"]["vllm-layerskip"]
-        command = record["provenance"]["command"]
-        assert command.startswith("python -m benchmarks.decode.compare --output first-7b.json")
-    report = run_module("pages.report", output).stdout
-    assert "| 16 | 2 | layerskip | E=2 K=4 |" in report
-    assert "torch.compile and JIT warm-up are off" in report
-
-    before = output.read_bytes()
-    table = (*CPU, "--preset", "tiny", "--batch-sizes", 1, 2, "--modes", "plain", "layerskip")
-    process = run_module("decode.compare", *table, "--output", output, "--resume")
-    assert output.read_bytes() == before
-    assert "x plain" in process.stdout
-
-
-def test_modes_that_take_turns(tmp_path):
-    """Three engines alive at once, one of them with a twin, and each cell in both rounds."""
-    output = tmp_path / "tiny.json"
-    table = (*CPU, "--modes", "plain", "layerskip", "--drafts", "2:4", "2:4:int8")
-    process = run_module("decode.compare", *table, "--interleave", 2, "--output", output)
-    records = load_records(output)
-    assert [(r["batch_size"], r["settings"]["round"], r["mode"]) for r in records] == [
-        (size, number, mode)
-        for size in (1, 2)
-        for number in (1, 2)
-        for mode in ("plain", "layerskip", "layerskip")
-    ]
-    for record in of_mode(records, "layerskip"):
-        is_twin = record["settings"]["draft_quantization"] == "int8"
-        assert record["speculation"]["num_accepted_tokens"] > 0
-        assert (record["speculation"]["num_verify_steps_reused"] > 0) is not is_twin
-    assert len(re.findall(r"layerskip │ E=2 K=4( int8)? +│", process.stdout)) == 4
-    report = run_module("pages.report", output).stdout
-    assert "medians over 2 rounds A B A B with engines that stay alive and take turns" in report
-
-
 @pytest.mark.slow
-def test_peers_and_the_room_that_they_leave(rehearsal, tmp_path):
+def test_peers_and_the_room_that_they_leave(tiny_table, tmp_path):
     output = tmp_path / "tiny.json"
-    shutil.copy(rehearsal[0] / "first-7b.json", output)
+    shutil.copy(tiny_table[0], output)
     modes = ("ngram", "early-exit")
     run_module("decode.compare", *CPU, "--modes", *modes, "--output", output, "--resume")
     records = load_records(output)

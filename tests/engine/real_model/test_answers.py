@@ -14,6 +14,7 @@ from checkpoints import load_reference
 from vllm import SamplingParams
 
 from vllm_layerskip.example_model.drafts import FOLDER, shipped_drafts
+from vllm_layerskip.twins.adapter_config import read_record
 
 QUESTIONS = (
     "What is the capital of France, and what is it known for?",
@@ -151,8 +152,17 @@ def test_late_exits_are_accepted_and_very_early_ones_are_not(drafted):
 )
 def test_a_shipped_adapter_makes_better_drafts(example, drafted, name):
     folder = example / FOLDER / name
-    adapted = drafted({"draft_adapter": str(folder), "num_speculative_tokens": 4})
-    assert adapted.acceptance_length > 1.5
+    exit_layer = read_record(folder).exit_layer
+    assert exit_layer is not None
+    options = {
+        "draft_adapter": str(folder),
+        "draft_vocab": str(folder / "draft_vocab.json"),
+        "exit_layer": exit_layer,
+    }
+    adapted = drafted(own_layers(exit_layer) | options)
+    own = drafted(own_layers(exit_layer))
+    assert adapted.acceptance_length > own.acceptance_length + 0.3
+    assert adapted.num_verify_steps_reused == 0
 
 
 def test_sampled_answers_can_be_repeated(layerskip, prompts):

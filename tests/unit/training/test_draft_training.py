@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -30,10 +31,10 @@ from vllm_layerskip.training.drafts.loss import TargetPass, compare
 from vllm_layerskip.training.drafts.memory import Said, TargetMemory
 from vllm_layerskip.training.drafts.rows import HeadRows
 from vllm_layerskip.training.drafts.scores import hold_out, summarize
-from vllm_layerskip.training.drafts.trainer import DraftTrainer
+from vllm_layerskip.training.drafts.trainer import REMEMBERED, DraftTrainer
 from vllm_layerskip.training.drafts.translator import SLOWER, _Moments
 from vllm_layerskip.training.model import load_tokenizer
-from vllm_layerskip.training.rank import check_run, train_here
+from vllm_layerskip.training.rank import train_here
 from vllm_layerskip.training.run import train
 from vllm_layerskip.twins.adapter import AdapterWeights, read_draft_adapter
 from vllm_layerskip.twins.digest import checkpoint_digest
@@ -475,6 +476,7 @@ def test_what_the_target_said_is_remembered(make, tmp_path, monkeypatch):
         # 7 samples, since one is held out: two batches an epoch, which end one epoch unevenly.
         late = 8 if not remember else 2
         assert calls == [16, 16, late, late]
+        assert not (values.output.resolved_run_folder / REMEMBERED).exists()
     for name, weight in weights_of(folders[0]).items():
         torch.testing.assert_close(weight, weights_of(folders[1])[name], rtol=1e-3, atol=1e-5)
 
@@ -607,18 +609,13 @@ def test_ways_to_train_that_nobody_has_seen_work_are_refused(make, training):
         make(training=training)
 
 
-def test_several_processes_remember_nothing(make):
-    plan = make(recipe={"remember_target": True})
-    with pytest.raises(UserError, match="recipe.remember_target=true does not go with 2 processes"):
-        check_run(plan, num_ranks=2, resume=False, overwrite=False)
-
-
-def test_samples_of_the_same_tokens_and_other_labels_are_told_apart():
-    memory = TargetMemory()
+def test_samples_of_the_same_tokens_and_other_labels_are_told_apart(tmp_path):
+    memory = TargetMemory(tmp_path / "target")
     ids, labels = torch.arange(6)[None], torch.arange(6)[None]
     said = Said(torch.randn(1, 6, 4), torch.arange(6)[None])
     memory.keep({"input_ids": ids, "labels": labels}, said)
-    found = memory.recall({"input_ids": ids, "labels": labels})
+    # Another process of the run finds it, too.
+    found = TargetMemory(tmp_path / "target").recall({"input_ids": ids, "labels": labels})
     assert torch.equal(found.states, said.states)
     assert torch.equal(found.tokens, said.tokens)
     other = labels.masked_fill(labels < 2, -100)
@@ -633,3 +630,6 @@ def test_samples_of_the_same_tokens_and_other_labels_are_told_apart():
     found = memory.recall(padded)
     assert found.states.shape == (1, 9, 4)
     assert torch.equal(found.states[:, :6], said.states)
+    memory.forget()
+    assert memory.recall(padded) is None
+    assert os.listdir(tmp_path) == []

@@ -29,6 +29,7 @@ from vllm_layerskip.errors import UserError
 from vllm_layerskip.training.arguments import make_arguments
 from vllm_layerskip.training.config import TrainConfig
 from vllm_layerskip.training.data import Collator, load_samples
+from vllm_layerskip.training.output import LORA_FOLDER
 from vllm_layerskip.training.recipe import Recipe
 from vllm_layerskip.training.run import train
 from vllm_layerskip.training.trainer import LayerSkipTrainer
@@ -172,8 +173,7 @@ def test_lora_trains_adapters_and_stores_them_merged(make, base, tmp_path):
     from peft import PeftModel
 
     adapted = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
-        tmp_path / "model.run" / "checkpoint-6",
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder / LORA_FOLDER
     )
     ids = torch.arange(20)[None]
     stored = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

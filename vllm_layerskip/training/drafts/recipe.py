@@ -35,8 +35,9 @@ class DraftRecipe:
     """File of the token ids that drafts may be, as for serving; drafts and the last layer are
     compared among these only. None: all."""
     remember_target: bool = False
-    """Keep the last layer's states of each sample in memory (2 H bytes a token in bfloat16), so
-    that from the second epoch on the target runs layers 0..E-1 alone."""
+    """Keep the last layer's states of each sample in the run folder (2 H bytes a token in bfloat16)
+    as long as the run lasts, so that from the second epoch on the target runs layers 0..E-1
+    alone."""
 
     def __post_init__(self) -> None:
         if self.exit_layer < 1:

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from vllm_layerskip.errors import UserError
 from vllm_layerskip.training.config import TrainConfig
 from vllm_layerskip.training.drafts.lora import add_draft_lora, read_tokens
 from vllm_layerskip.training.drafts.output import base_digest, record, write_adapter
@@ -28,26 +27,12 @@ def make_draft_trainer(
     Raises:
         UserError: the weights' files cannot be read, or adapters do not fit the model.
     """
-    check_ranks(recipe, arguments["args"].world_size)
     digest = base_digest(config.model)
     adapted = add_draft_lora(model, recipe, config.lora)
     token_ids = read_tokens(recipe, model.config.vocab_size)
     trainer = DraftTrainer(model=adapted, recipe=recipe, draft_vocab=token_ids, **arguments)
     trainer.base_digest = digest
     return trainer
-
-
-def check_ranks(recipe: DraftRecipe, num_ranks: int) -> None:
-    """Refuse what several processes cannot do.
-
-    Raises:
-        UserError: it names the key.
-    """
-    if recipe.remember_target and num_ranks > 1:
-        raise UserError(
-            f"recipe.remember_target=true does not go with {num_ranks} processes: each epoch gives "
-            "a process other samples than it remembers. Leave it out."
-        )
 
 
 def write_draft(config: TrainConfig, trainer: DraftTrainer) -> None:
@@ -58,6 +43,8 @@ def write_draft(config: TrainConfig, trainer: DraftTrainer) -> None:
         content = record(config.model, trainer.recipe, trainer.base_digest, scores)
         write_adapter(config.output, trainer.model, state_dict, content, trainer.draft_vocab)
         print(f"Wrote {config.output.folder}: {_in_words(scores)}.", flush=True)
+        if trainer.memory is not None:
+            trainer.memory.forget()
     trainer.accelerator.wait_for_everyone()
 
 

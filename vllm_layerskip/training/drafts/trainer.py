@@ -7,6 +7,7 @@ import inspect
 import resource
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from vllm_layerskip.training.drafts.recipe import DraftRecipe
 from vllm_layerskip.training.drafts.rows import HeadRows
 from vllm_layerskip.training.drafts.translator import fit_translator, own_norm, slow_down
 from vllm_layerskip.training.trainer import check_arguments
+
+REMEMBERED = "target"
+"""Of what the target said, in the run folder."""
 
 
 class DraftTrainer(AtomicSaves):
@@ -50,12 +54,17 @@ class DraftTrainer(AtomicSaves):
         check_arguments(self.args)
         self.recipe = recipe
         self.draft_vocab = draft_vocab
+        self.memory = (
+            TargetMemory(Path(self.args.output_dir) / REMEMBERED)
+            if recipe.remember_target
+            else None
+        )
         self.causal_lm: nn.Module = self.model.get_base_model()  # type: ignore[operator,union-attr]
         self.target = TargetPass(
             self.model,
             recipe.exit_layer,
             None if draft_vocab is None else HeadRows(self.causal_lm, draft_vocab),
-            TargetMemory() if recipe.remember_target else None,
+            self.memory,
         )
         self.num_layers = len(self.causal_lm.model.layers)  # type: ignore[arg-type,union-attr]
         recipe.check_depth(self.num_layers)
