@@ -31,7 +31,7 @@ measure() { # NAME QUESTIONS [OPTION ...]
   shift 2
   "$python" -m benchmarks.prompts.real_prompts --model "$model" --questions "$file" --chat \
     --output "$results/$name.json" --resume --device cpu --drafts "${drafts[@]}" --modes "${modes[@]}" \
-    --max-model-len 4096 --max-tokens 128 --engine-args '{"kv_cache_memory_bytes": 2000000000}' "$@"
+    --max-model-len 4096 --max-tokens 64 --engine-args '{"kv_cache_memory_bytes": 2000000000}' "$@"
 }
 
 for part in "${@:-float32 bfloat16 temperature functions word-problems}"; do
@@ -40,16 +40,17 @@ for part in "${@:-float32 bfloat16 temperature functions word-problems}"; do
       float32) # Tokens of all questions must be plain vLLM's; speeds do not count.
         measure spec-bench-float32 "$questions" --dtype float32 --batch-size 16 --repeats 1 ;;
       bfloat16)
-        measure spec-bench-bfloat16-b1 "$questions" --dtype bfloat16 --num-questions 52 ;;
+        measure spec-bench-bfloat16-b1 "$questions" --dtype bfloat16 --num-questions 26 ;;
       temperature)
-        measure spec-bench-bfloat16-b1-t0.7 "$questions" --dtype bfloat16 --num-questions 26 \
+        measure spec-bench-bfloat16-b1-t0.7 "$questions" --dtype bfloat16 --num-questions 13 \
           --temperature 0.7 ;;
       functions)
         "$python" -m benchmarks.prompts.held_out_functions 38 > build/functions.jsonl
-        measure functions-bfloat16-b1 build/functions.jsonl --dtype bfloat16 ;;
+        measure functions-bfloat16-b1 build/functions.jsonl --dtype bfloat16 --num-questions 19 ;;
       word-problems)
         "$python" -m benchmarks.prompts.word_problems 56 > build/word-problems.jsonl
-        measure word-problems-bfloat16-b1 build/word-problems.jsonl --dtype bfloat16 ;;
+        measure word-problems-bfloat16-b1 build/word-problems.jsonl --dtype bfloat16 \
+          --num-questions 20 ;;
       *)
         echo "unknown part $name: float32, bfloat16, temperature, functions or word-problems" >&2
         exit 2 ;;
