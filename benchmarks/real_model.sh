@@ -9,8 +9,10 @@
 # python -m benchmarks.pages.write_results
 set -euo pipefail
 cd "$(dirname "$0")/.."
-model=$1 questions=$2
+usage="usage: bash benchmarks/real_model.sh MODEL QUESTIONS [PART ...]"
+model=${1:?$usage} questions=${2:?$usage}
 shift 2
+[ $# -gt 0 ] || set -- float32 bfloat16 temperature functions word-problems
 python=python3
 [ ! -x .venv/bin/python ] || python=.venv/bin/python
 results=benchmarks/results/real-model
@@ -34,26 +36,24 @@ measure() { # NAME QUESTIONS [OPTION ...]
     --max-model-len 4096 --max-tokens 64 --engine-args '{"kv_cache_memory_bytes": 2000000000}' "$@"
 }
 
-for part in "${@:-float32 bfloat16 temperature functions word-problems}"; do
-  for name in $part; do
-    case $name in
-      float32) # Tokens of all questions must be plain vLLM's; speeds do not count.
-        measure spec-bench-float32 "$questions" --dtype float32 --batch-size 16 --repeats 1 ;;
-      bfloat16)
-        measure spec-bench-bfloat16-b1 "$questions" --dtype bfloat16 --num-questions 26 ;;
-      temperature)
-        measure spec-bench-bfloat16-b1-t0.7 "$questions" --dtype bfloat16 --num-questions 13 \
-          --temperature 0.7 ;;
-      functions)
-        "$python" -m benchmarks.prompts.held_out_functions 38 > build/functions.jsonl
-        measure functions-bfloat16-b1 build/functions.jsonl --dtype bfloat16 --num-questions 19 ;;
-      word-problems)
-        "$python" -m benchmarks.prompts.word_problems 56 > build/word-problems.jsonl
-        measure word-problems-bfloat16-b1 build/word-problems.jsonl --dtype bfloat16 \
-          --num-questions 20 ;;
-      *)
-        echo "unknown part $name: float32, bfloat16, temperature, functions or word-problems" >&2
-        exit 2 ;;
-    esac
-  done
+for name in "$@"; do
+  case $name in
+    float32) # Tokens of all questions must be plain vLLM's; speeds do not count.
+      measure spec-bench-float32 "$questions" --dtype float32 --batch-size 16 --repeats 1 ;;
+    bfloat16)
+      measure spec-bench-bfloat16-b1 "$questions" --dtype bfloat16 --num-questions 26 ;;
+    temperature)
+      measure spec-bench-bfloat16-b1-t0.7 "$questions" --dtype bfloat16 --num-questions 13 \
+        --temperature 0.7 ;;
+    functions)
+      "$python" -m benchmarks.prompts.held_out_functions 38 > build/functions.jsonl
+      measure functions-bfloat16-b1 build/functions.jsonl --dtype bfloat16 --num-questions 19 ;;
+    word-problems)
+      "$python" -m benchmarks.prompts.word_problems 56 > build/word-problems.jsonl
+      measure word-problems-bfloat16-b1 build/word-problems.jsonl --dtype bfloat16 \
+        --num-questions 20 ;;
+    *)
+      echo "unknown part $name: float32, bfloat16, temperature, functions or word-problems" >&2
+      exit 2 ;;
+  esac
 done

@@ -7,22 +7,23 @@ checkpoint out of its base.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from vllm_layerskip.files.whole import UNFINISHED, replace_folder
+from vllm_layerskip.files.whole import UNFINISHED, replace_folder, write_json
 from vllm_layerskip.training.config import OutputConfig
 from vllm_layerskip.training.model import add_lora, build_empty
 from vllm_layerskip.training.recipe import Recipe
+from vllm_layerskip.twins.adapter_config import CONFIG_NAME
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 LORA_FOLDER = "lora"
 """Of the adapters, in the checkpoint's folder."""
@@ -66,7 +67,7 @@ def write_checkpoint(
     config.use_cache = True  # The trainer turns it off.
     model = _with_weights(config, state_dict, lora)
     if lora is not None:
-        _save_adapters(model, unfinished / LORA_FOLDER, dtype)
+        save_adapters(model, unfinished / LORA_FOLDER, model.state_dict(), dtype)
         model = model.merge_and_unload()
     _cast_weights(model, dtype)
     model.tie_weights()
@@ -93,14 +94,25 @@ def _with_weights(
     return model
 
 
-def _save_adapters(model: Any, folder: Path, dtype: torch.dtype) -> None:
-    weights = {
-        name: weight.detach().to(dtype)
-        for name, weight in model.named_parameters()
-        if weight.requires_grad
-    }
+def save_adapters(
+    model: PeftModel,
+    folder: Path,
+    state_dict: Mapping[str, torch.Tensor],
+    dtype: torch.dtype | None,
+) -> None:
+    """Write what was trained as a folder of peft; the same run writes the same files.
+
+    Args:
+        state_dict: the weights of ``model``, adapters among them.
+        dtype: of the stored weights; None: their own.
+    """
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    tensors = {name: state_dict[name].detach().cpu().to(dtype) for name in trained}
     # The embeddings are the base's; peft would otherwise look the base up to find that out.
-    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+    model.save_pretrained(str(folder), state_dict=tensors, save_embedding_layers=False)
+    settings = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    settings["target_modules"] = sorted(settings["target_modules"])  # peft keeps them in a set.
+    write_json(folder / CONFIG_NAME, settings, indent=2)
 
 
 def _cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:

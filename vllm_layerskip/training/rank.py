@@ -22,11 +22,7 @@ from vllm_layerskip.training.config import AnyRecipe, TrainConfig
 from vllm_layerskip.training.data import Collator, load_samples
 from vllm_layerskip.training.drafts.lora import check_draft_model
 from vllm_layerskip.training.drafts.recipe import DraftRecipe
-from vllm_layerskip.training.drafts.run import (
-    describe,
-    make_draft_trainer,
-    write_draft,
-)
+from vllm_layerskip.training.drafts.run import describe, make_draft_trainer, write_draft
 from vllm_layerskip.training.drafts.scores import hold_out
 from vllm_layerskip.training.drafts.trainer import DraftTrainer
 from vllm_layerskip.training.model import (

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,8 @@ from vllm_layerskip.errors import UserError
 from vllm_layerskip.files.whole import UNFINISHED, replace_folder, write_json, write_text
 from vllm_layerskip.training.config import ModelConfig, OutputConfig
 from vllm_layerskip.training.drafts.recipe import DraftRecipe
-from vllm_layerskip.twins.adapter_config import CONFIG_NAME, RECORD_NAME
+from vllm_layerskip.training.output import save_adapters
+from vllm_layerskip.twins.adapter_config import RECORD_NAME
 from vllm_layerskip.twins.digest import checkpoint_digest
 
 VOCAB_NAME = "draft_vocab.json"
@@ -82,23 +82,12 @@ def write_adapter(
     unfinished = folder.with_name(f"{UNFINISHED}-{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     dtype = None if output.dtype == "auto" else getattr(torch, output.dtype)
-    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    tensors = {name: state_dict[name].detach().cpu().to(dtype) for name in trained}
-    # The embeddings are the base's; peft would otherwise look the base up to find that out.
-    model.save_pretrained(str(unfinished), state_dict=tensors, save_embedding_layers=False)
-    _sort_target_modules(unfinished / CONFIG_NAME)
+    save_adapters(model, unfinished, state_dict, dtype)
     write_json(unfinished / RECORD_NAME, content)
     if draft_vocab is not None:
         write_token_ids(unfinished / VOCAB_NAME, draft_vocab)
     write_text(unfinished / "README.md", card(folder, model, content))
     replace_folder(unfinished, folder)
-
-
-def _sort_target_modules(file: Path) -> None:
-    """The same run writes the same file: peft keeps the modules in a set."""
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    settings["target_modules"] = sorted(settings["target_modules"])
-    write_json(file, settings, indent=2)
 
 
 def card(folder: Path, model: PeftModel, content: Mapping[str, Any]) -> str:
